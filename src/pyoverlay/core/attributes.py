@@ -1,0 +1,89 @@
+"""Changing what an object says of itself: mode, owner, size, times, extended attributes. The object is in the upper: who calls has copied it up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+from pyoverlay.core import marks
+from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.view import View, failure
+
+_CAPABILITY = b"security.capability"
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What setattr shall change; None leaves it. Times in ns since the epoch, size in bytes."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+def setattr(view: View, inode: Inode, wanted: Wanted) -> os.stat_result:
+    """chmod, chown, truncate and utimensat at once, in the order in which none undoes another: chown clears suid, truncation sets mtime."""
+    upper = view.upper
+    upper.is_dirty = True
+    if wanted.size is not None:
+        upper.calls.ftruncate(view.data_fd(inode, write=True), wanted.size)
+    _, dirfd, name = view.place(inode)
+    if wanted.uid is not None or wanted.gid is not None:
+        upper.calls.chown(dirfd, name, -1 if wanted.uid is None else wanted.uid, -1 if wanted.gid is None else wanted.gid)
+    if wanted.mode is not None:
+        upper.calls.chmod(dirfd, name, stat.S_IMODE(wanted.mode))
+    if wanted.atime_ns is not None or wanted.mtime_ns is not None:
+        upper.calls.utimens(dirfd, name, wanted.atime_ns, wanted.mtime_ns)
+    return view.stat(inode)
+
+
+def setxattr(view: View, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+    """setxattr(2). What the caller calls like one of our marks is kept one level deeper, where it means nothing."""
+    upper = view.upper
+    _refuse_unreadable(inode, name)
+    _, dirfd, at = view.place(inode)
+    upper.is_dirty = True
+    upper.calls.setxattr(dirfd, at, marks.escape_xattr(name, upper.mark_prefix), value, flags)
+
+
+def removexattr(view: View, inode: Inode, name: bytes) -> None:
+    """removexattr(2)."""
+    upper = view.upper
+    _, dirfd, at = view.place(inode)
+    upper.is_dirty = True
+    upper.calls.removexattr(dirfd, at, marks.escape_xattr(name, upper.mark_prefix))
+
+
+def _refuse_unreadable(inode: Inode, name: bytes) -> None:
+    """user.* is for files and directories (xattr(7)); the daemon's privilege must not widen that."""
+    if name.startswith(b"user.") and not inode.is_regular and not isinstance(inode, Directory):
+        raise failure(errno.EPERM)
+
+
+def write(view: View, inode: Inode, data: bytes, offset: int) -> int:
+    """pwrite(2) to an object of the upper. Returns the bytes written."""
+    upper = view.upper
+    upper.is_dirty = True
+    return upper.calls.pwrite(view.data_fd(inode, write=True), data, offset)
+
+
+def drop_privileges_of(view: View, inode: Inode) -> None:
+    """Clear suid, sgid of an executable group, and file capabilities, as a write by somebody without CAP_FSETID does (file_remove_privs)."""
+    st = view.stat(inode)
+    mode = st.st_mode & ~stat.S_ISUID
+    if st.st_mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    _, dirfd, name = view.place(inode)
+    calls = view.upper.calls
+    if mode != st.st_mode:
+        calls.chmod(dirfd, name, stat.S_IMODE(mode))
+    try:
+        calls.removexattr(dirfd, name, _CAPABILITY)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise

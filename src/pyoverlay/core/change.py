@@ -1,0 +1,332 @@
+"""What makes and removes names in the merged view. Each change becomes visible by one system call.
+
+Something made where the upper holds a whiteout is built in the work directory and put in its place; what removes something that a lower has puts a
+whiteout there. The steps are those of fs/overlayfs/dir.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from pyoverlay.core import marks, syscalls
+from pyoverlay.core.copyup import copy_up_directory, mark_impure
+from pyoverlay.core.inode import Directory, Inode, Listing
+from pyoverlay.core.layer import Upper
+from pyoverlay.core.policy import RedirectDir
+from pyoverlay.core.view import View, failure
+
+_ACL_DEFAULT = b"system.posix_acl_default"
+
+
+class Caller(NamedTuple):
+    """Who asks: what is made belongs to them."""
+
+    uid: int
+    gid: int
+    umask: int
+
+
+Build = Callable[[int, bytes], None]  # (dirfd, name): make the object there
+
+
+def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+    """A regular file, empty and open for reading and writing. EEXIST, ENOENT (the directory was removed), and what open(2) raises."""
+    upper = view.upper
+    opened = -1
+
+    def build(dirfd: int, at: bytes) -> None:
+        nonlocal opened
+        opened = upper.calls.open(at, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode & 0o7777, dirfd)
+
+    try:
+        _add(view, parent, name, caller, build)
+        st = os.fstat(opened)
+        inode = view.adopt(parent, name, st)
+    except OSError:
+        if opened >= 0:
+            os.close(opened)
+        raise
+    view.set_data_fd(inode, opened, is_writable=True)
+    return inode, st
+
+
+def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+    """A regular file without a name, open for reading and writing, as O_TMPFILE makes it: `link` can give it one. EOPNOTSUPP where the upper has none."""
+    if parent.is_orphan:
+        raise failure(errno.ENOENT)
+    copy_up_directory(view, parent)
+    upper = view.upper
+    upper.is_dirty = True
+    with upper.as_caller(*caller):
+        fd = upper.calls.open(b".", os.O_TMPFILE | os.O_RDWR, mode & 0o7777, view.upper_fd(parent))
+    st = os.fstat(fd)
+    inode = view.adopt_nameless(st, os.dup(fd))
+    view.set_data_fd(inode, fd, is_writable=True)
+    return inode, st
+
+
+def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+    """A directory; it hides what lowers have under its name."""
+    calls = view.upper.calls
+    _add(view, parent, name, caller, lambda dirfd, at: calls.mkdir(at, mode & 0o7777, dirfd), is_directory=True)
+    inode, st = _adopted(view, parent, name)
+    assert isinstance(inode, Directory)
+    inode.is_opaque = bool(parent.lowers)
+    return inode, st
+
+
+def symlink(view: View, parent: Directory, name: bytes, target: bytes, caller: Caller) -> tuple[Inode, os.stat_result]:
+    calls = view.upper.calls
+    _add(view, parent, name, caller, lambda dirfd, at: calls.symlink(target, at, dirfd))
+    return _adopted(view, parent, name)
+
+
+def mknod(view: View, parent: Directory, name: bytes, mode: int, rdev: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+    """A fifo, socket, device or empty file. EPERM for the device 0/0: that is what a whiteout is (ovl_mknod)."""
+    if stat.S_ISCHR(mode) and rdev == 0:
+        raise failure(errno.EPERM)
+    calls = view.upper.calls
+    _add(view, parent, name, caller, lambda dirfd, at: calls.mknod(at, mode, rdev, dirfd))
+    return _adopted(view, parent, name)
+
+
+def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_result:
+    """Another name for an object of the upper. EPERM for a directory."""
+    if isinstance(inode, Directory):
+        raise failure(errno.EPERM)
+    _require_absent(view, parent, name)
+    copy_up_directory(view, parent)
+    upper = view.upper
+    upper.is_dirty = True
+    if inode.has_origin:
+        mark_impure(view, parent)
+    _, from_dirfd, from_name = view.place(inode)
+    dirfd = view.upper_fd(parent)
+    try:
+        upper.calls.link(from_dirfd, from_name, dirfd, name)
+    except FileExistsError:
+        temporary = upper.temporary()
+        upper.calls.link(from_dirfd, from_name, upper.work_fd, temporary)
+        with _discarded_on_failure(upper, temporary):
+            upper.calls.rename(upper.work_fd, temporary, dirfd, name)
+    inode.add_name(parent, name)
+    if parent.listing is not None:
+        parent.listing.add(name)
+    return view.stat(inode)
+
+
+def unlink(view: View, parent: Directory, name: bytes) -> Inode:
+    """Remove a name that is no directory's. The object lives on as long as the kernel knows it. ENOENT, EISDIR."""
+    inode = _require(view, parent, name)
+    if isinstance(inode, Directory):
+        raise failure(errno.EISDIR)
+    hides = has_lower(view, parent, name)
+    is_upper = in_upper(view, parent, name)
+    copy_up_directory(view, parent)
+    upper, dirfd = view.upper, view.upper_fd(parent)
+    upper.is_dirty = True
+    if is_upper:
+        keep_alive(view, inode, parent, name)
+    if hides:
+        put_whiteout(upper, dirfd, name, over=is_upper)
+    else:
+        upper.calls.unlink(name, dirfd)
+    dropped(view, inode, parent, name, was_lower_name=not is_upper)
+    return inode
+
+
+def rmdir(view: View, parent: Directory, name: bytes) -> Directory:
+    """Remove a directory in which the merged view shows nothing. ENOENT, ENOTDIR, ENOTEMPTY."""
+    directory = _require(view, parent, name)
+    if not isinstance(directory, Directory):
+        raise failure(errno.ENOTDIR)
+    if len(view.listing(directory)):
+        raise failure(errno.ENOTEMPTY)
+    hides = has_lower(view, parent, name)
+    copy_up_directory(view, parent)
+    upper, dirfd = view.upper, view.upper_fd(parent)
+    upper.is_dirty = True
+    if directory.in_upper:
+        keep_alive(view, directory, parent, name)
+        _remove_upper_directory(upper, dirfd, name, hides=hides)
+    else:
+        put_whiteout(upper, dirfd, name, over=False)
+    dropped(view, directory, parent, name, was_lower_name=False)
+    return directory
+
+
+def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes, *, hides: bool) -> None:
+    """It may hold whiteouts: then it goes to the work directory in one step, and is emptied there."""
+    if hides:
+        temporary = upper.whiteout()
+        with _discarded_on_failure(upper, temporary):
+            upper.calls.rename(upper.work_fd, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
+        upper.discard(temporary)
+        return
+    try:
+        upper.calls.rmdir(name, dirfd)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        temporary = upper.temporary()
+        upper.calls.rename(dirfd, name, upper.work_fd, temporary)
+        upper.discard(temporary)
+
+
+# -- steps shared with rename
+
+
+def in_upper(view: View, parent: Directory, name: bytes) -> bool:
+    """Does the upper have something under this name, whiteouts apart?"""
+    if not parent.in_upper:
+        return False
+    dirfd = view.upper_fd(parent)
+    st = view.upper.stat(dirfd, name)
+    return st is not None and not view.upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts)
+
+
+def has_lower(view: View, parent: Directory, name: bytes) -> bool:
+    """Would a lower show through if the upper had nothing under this name?"""
+    return bool(parent.lowers) and view.find_lower(parent, name) is not None
+
+
+def put_whiteout(upper: Upper, dirfd: int, name: bytes, *, over: bool) -> None:
+    """A whiteout under a name: over a file of the upper, or where the upper has nothing."""
+    if not over:
+        upper.link_whiteout(dirfd, name)
+        return
+    temporary = upper.whiteout()
+    with _discarded_on_failure(upper, temporary):
+        upper.calls.rename(upper.work_fd, temporary, dirfd, name)
+
+
+def keep_alive(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
+    """Before an upper object loses the last name we know: hold it, so that its number is not given to another while the kernel knows it."""
+    if not inode.nlookup or any(other != (parent, name) for other in inode.names()):
+        return
+    if isinstance(inode, Directory):
+        view.upper_fd(inode)
+        inode.pins += 1
+    elif inode.pin < 0:
+        inode.pin = view.upper.pin(view.upper_fd(parent), name)
+
+
+def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_lower_name: bool) -> None:
+    """Take note that a name is gone."""
+    inode.remove_name(parent, name)
+    if was_lower_name:
+        inode.lower_links -= 1
+    if isinstance(inode, Directory):
+        inode.listing = Listing([])
+    if parent.listing is not None:
+        parent.listing.remove(name)
+    view.release(inode)
+
+
+@contextmanager
+def _discarded_on_failure(upper: Upper, temporary: bytes) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        upper.discard_if_there(temporary)
+        raise
+
+
+def _require(view: View, parent: Directory, name: bytes) -> Inode:
+    found = view.lookup(parent, name)
+    if found is None:
+        raise failure(errno.ENOENT)
+    return found[0]
+
+
+def _require_absent(view: View, parent: Directory, name: bytes) -> None:
+    if parent.is_orphan:
+        raise failure(errno.ENOENT)
+    if (parent.listing is not None and name in parent.listing) or (parent.listing is None and has_visible_lower(view, parent, name)):
+        raise failure(errno.EEXIST)
+
+
+def has_visible_lower(view: View, parent: Directory, name: bytes) -> bool:
+    """Does the merged view show a lower's object under this name?"""
+    if not parent.lowers:
+        return False
+    if parent.in_upper and view.upper.stat(view.upper_fd(parent), name) is not None:
+        return False
+    return view.find_lower(parent, name) is not None
+
+
+def _adopted(view: View, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result]:
+    st = view.upper.stat(view.upper_fd(parent), name)
+    if st is None:
+        raise failure(errno.ESTALE)
+    return view.adopt(parent, name, st), st
+
+
+def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool = False) -> None:
+    """Build something under a new name: in its place, or, where a whiteout is, in the work directory and then over that."""
+    _require_absent(view, parent, name)
+    copy_up_directory(view, parent)
+    upper, dirfd = view.upper, view.upper_fd(parent)
+    upper.is_dirty = True
+    try:
+        with upper.as_caller(*caller):
+            build(dirfd, name)
+    except FileExistsError:
+        st = upper.stat(dirfd, name)
+        if st is None or not upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts):
+            raise
+        _add_over_whiteout(view, parent, name, caller, build, is_directory=is_directory)
+        return
+    # Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below.
+    if is_directory and parent.lowers and view.policy.redirect_dir is RedirectDir.ON:
+        upper.set_mark(dirfd, name, marks.OPAQUE, b"y")
+
+
+def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool) -> None:
+    upper = view.upper
+    with _nursery(view, parent) as (nursery, temporary):
+        with upper.as_caller(*caller):
+            build(nursery, temporary)
+        dirfd = view.upper_fd(parent)
+        if not is_directory:
+            upper.calls.rename(nursery, temporary, dirfd, name)
+            return
+        upper.set_mark(nursery, temporary, marks.OPAQUE, b"y")
+        upper.calls.rename(nursery, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
+        upper.calls.unlink(temporary, nursery)  # the whiteout
+
+
+@contextmanager
+def _nursery(view: View, parent: Directory) -> Iterator[tuple[int, bytes]]:
+    """Where to build what shall appear in `parent`: (dirfd, free name).
+
+    A new object takes its group from a setgid directory and its ACL from a default ACL. Where the parent has one of these, a directory like it in those
+    two respects is made in the work directory, so that the file system itself does the inheriting.
+    """
+    upper = view.upper
+    dirfd = view.upper_fd(parent)
+    st = os.stat(dirfd)
+    acl = upper.getxattr(dirfd, b".", _ACL_DEFAULT)
+    temporary = upper.temporary()
+    if acl is None and not st.st_mode & stat.S_ISGID:
+        with _discarded_on_failure(upper, temporary):
+            yield upper.work_fd, temporary
+        return
+    upper.calls.mkdir(temporary, 0o777, upper.work_fd)
+    try:
+        upper.calls.chown(upper.work_fd, temporary, -1, st.st_gid)
+        upper.calls.chmod(upper.work_fd, temporary, 0o777 | st.st_mode & stat.S_ISGID)
+        if acl is not None:
+            upper.calls.setxattr(upper.work_fd, temporary, _ACL_DEFAULT, acl, 0)
+        nursery = upper.pin(upper.work_fd, temporary)
+        try:
+            yield nursery, b"new"
+        finally:
+            os.close(nursery)
+    finally:
+        upper.discard(temporary)

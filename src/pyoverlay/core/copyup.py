@@ -1,0 +1,285 @@
+"""Copy-up: a lower object becomes an upper one, whole or not at all.
+
+    prepare   the parents, then a file in the work directory that nobody sees
+    fill      the data, and it is on disk before the next step; touches two descriptors and nothing else, so it may run in a thread
+    publish   owner, mode, xattrs, times, origin; then one rename makes it appear
+
+Leaving `prepare` without publishing removes what was made: so does every error between. The order within publish is that of fs/overlayfs/copy_up.c:
+chown clears suid, sgid and capabilities even for root, so owner comes first; data moves mtime, so times come last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyoverlay.core import marks, syscalls
+from pyoverlay.core.inode import Directory, Inode, key_of
+from pyoverlay.core.layer import Place, Upper
+from pyoverlay.core.policy import Fsync
+from pyoverlay.core.view import UPPER, View, failure
+
+_CHUNK = 1 << 30  # bytes asked of one copy_file_range
+_BUFFER = 1 << 20
+
+
+class Copy:
+    """A copy-up under way. source: where the lower object lies; st: its attributes; fd: the copy's descriptor, of a regular file, else -1."""
+
+    __slots__ = ("fd", "inode", "is_cancelled", "is_published", "size", "source", "source_fd", "st", "temporary", "upper")
+
+    def __init__(self, upper: Upper, inode: Inode, source: Place, st: os.stat_result, size: int) -> None:
+        self.upper = upper
+        self.inode = inode
+        self.source = source
+        self.st = st
+        self.size = size  # bytes of data to copy, from the start
+        self.temporary = upper.temporary()
+        self.fd = -1
+        self.source_fd = -1
+        self.is_published = False
+        self.is_cancelled = False  # set from another thread: fill ends with EINTR
+
+
+def copy_up(view: View, inode: Inode, size: int | None = None) -> None:
+    """All three steps in a row. size: only so much of the data, for a truncation."""
+    if inode.in_upper:
+        return
+    if isinstance(inode, Directory):
+        copy_up_directory(view, inode)
+        return
+    with prepare(view, inode, size) as copy:
+        fill(copy)
+        publish(view, copy)
+
+
+@contextmanager
+def prepare(view: View, inode: Inode, size: int | None = None) -> Iterator[Copy]:
+    """Copy up the directories above, and make the copy in the work directory, without data."""
+    upper = view.upper
+    if inode.parent is not None:
+        copy_up_directory(view, inode.parent)
+    st = view.stat(inode)
+    copy = Copy(upper, inode, view.lower_place(inode), st, st.st_size if size is None else min(size, st.st_size))
+    upper.is_dirty = True
+    try:
+        _make(copy, view)
+        yield copy
+    finally:
+        if not copy.is_published:
+            if copy.fd >= 0:
+                os.close(copy.fd)
+            upper.discard_if_there(copy.temporary)
+        if copy.source_fd >= 0:
+            os.close(copy.source_fd)
+
+
+def _make(copy: Copy, view: View) -> None:
+    upper, st = copy.upper, copy.st
+    if stat.S_ISREG(st.st_mode):
+        copy.source_fd = os.dup(view.data_fd(copy.inode))
+        copy.fd = upper.calls.open(copy.temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600, upper.work_fd)
+    elif stat.S_ISLNK(st.st_mode):
+        upper.calls.symlink(copy.source.layer.readlink(copy.source.dirfd, copy.source.name), copy.temporary, upper.work_fd)
+    else:
+        upper.calls.mknod(copy.temporary, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, upper.work_fd)
+
+
+def fill(copy: Copy) -> None:
+    """Copy the data, holes as holes, and have it on disk. Raises what reading and writing raise; EINTR when cancelled."""
+    if copy.fd < 0:
+        return
+    if copy.size:
+        if copy.size < copy.st.st_size or not _clone(copy):
+            _copy_extents(copy)
+        if copy.size == copy.st.st_size:
+            copy.upper.calls.ftruncate(copy.fd, copy.size)
+    _order(copy)
+
+
+def _clone(copy: Copy) -> bool:
+    """FICLONE, where the file system can."""
+    try:
+        fcntl.ioctl(copy.fd, syscalls.FICLONE, copy.source_fd)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY):
+            return False
+        raise
+    return True
+
+
+def _copy_extents(copy: Copy) -> None:
+    offset = 0
+    while offset < copy.size:
+        try:
+            start = os.lseek(copy.source_fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = min(os.lseek(copy.source_fd, start, os.SEEK_HOLE), copy.size)
+        _copy_range(copy, start, end)
+        offset = max(end, start + 1)
+
+
+def _copy_range(copy: Copy, offset: int, end: int) -> None:
+    """copy_file_range where it works between these two file systems, else read and write."""
+    calls = copy.upper.calls
+    while offset < end:
+        if copy.is_cancelled:
+            raise failure(errno.EINTR)
+        try:
+            copied = calls.copy_file_range(copy.source_fd, copy.fd, min(end - offset, _BUFFER * 16), offset, offset)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                raise
+            copied = calls.pwrite(copy.fd, os.pread(copy.source_fd, min(end - offset, _BUFFER), offset), offset)
+        if not copied:
+            return  # the lower got shorter under us
+        offset += copied
+
+
+def _order(copy: Copy) -> None:
+    """The data before the name: an empty file after a power cut is what the rename would otherwise leave."""
+    match copy.upper.fsync:
+        case Fsync.VOLATILE:
+            return
+        case Fsync.ORDERED if copy.upper.keeps_order:
+            syscalls.sync_file_range(copy.fd)
+        case Fsync.ORDERED:
+            os.fdatasync(copy.fd)
+        case Fsync.STRICT:
+            os.fsync(copy.fd)
+
+
+def publish(view: View, copy: Copy) -> None:
+    """Make the copy appear under the name that the object has now: all of it, or nothing. Without a name it stays an open file.
+
+    Of a lower object with several names, those that were looked up all lead to the copy, on disk as well: the kernel without an index leaves the others the
+    old data.
+    """
+    inode, upper = copy.inode, copy.upper
+    copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
+    copy_attributes(upper, copy.source, copy.st, copy.temporary)
+    real = os.fstat(copy.fd) if copy.fd >= 0 else os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
+    if inode.parent is None:
+        _publish_orphan(view, copy, real)
+        return
+    names = inode.names()
+    origin = view.origin_of(copy.source)
+    if origin is not None:
+        upper.set_origin(upper.work_fd, copy.temporary, origin)
+    for parent, name in reversed(names):
+        copy_up_directory(view, parent)
+        if origin is not None:
+            mark_impure(view, parent)
+        put = upper.calls.link if (parent, name) != names[0] else upper.calls.rename
+        with keeping_times(upper, view.upper_fd(parent)) as dirfd:
+            put(upper.work_fd, copy.temporary, dirfd, name)
+    copy.is_published = True
+    _adopt(view, copy, real)
+    inode.lower_links -= len(names)
+
+
+@contextmanager
+def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
+    """A directory does not change because something in it was copied up: its times are put back."""
+    before = os.stat(dirfd)
+    yield dirfd
+    upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+
+
+def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
+    upper = copy.upper
+    copy.inode.pin = upper.pin(upper.work_fd, copy.temporary)
+    upper.calls.unlink(copy.temporary, upper.work_fd)
+    copy.is_published = True
+    _adopt(view, copy, real)
+
+
+def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
+    copy.inode.in_upper = True
+    copy.inode.has_origin = True
+    view.table.add_key(copy.inode, key_of(UPPER, real.st_ino))
+    if copy.fd >= 0:
+        view.set_data_fd(copy.inode, copy.fd, is_writable=True)
+
+
+def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes) -> None:
+    """Owner, mode, xattrs, times, in this order, onto something in the work directory.
+
+    An owner that cannot be kept refuses the copy-up: nobody's file becomes the daemon's.
+    """
+    dirfd = upper.work_fd
+    upper.calls.chown(dirfd, name, st.st_uid, st.st_gid)
+    if not stat.S_ISLNK(st.st_mode):
+        upper.calls.chmod(dirfd, name, stat.S_IMODE(st.st_mode))
+    copy_xattrs(upper, source, dirfd, name)
+    upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns)
+
+
+def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
+    """All but the overlay's own marks. One that the upper cannot hold is left out only if nobody's rights depend on it (ovl_copy_xattr)."""
+    for attribute in source.layer.listxattr(source.dirfd, source.name):
+        if attribute.startswith(upper.mark_prefix) and marks.unescape_xattr(attribute, upper.mark_prefix) is None:
+            continue
+        value = source.layer.getxattr(source.dirfd, source.name, attribute)
+        if value is None:
+            continue
+        try:
+            upper.calls.setxattr(dirfd, name, attribute, value, 0)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or attribute.startswith((b"system.", b"security.capability")):
+                raise
+
+
+def mark_impure(view: View, directory: Directory) -> None:
+    """Say on a directory of the upper that inode numbers in it are to be looked up by origin."""
+    if directory.is_impure:
+        return
+    view.upper.set_mark(view.upper_fd(directory), b".", marks.IMPURE, b"y")
+    directory.is_impure = True
+
+
+def copy_up_directory(view: View, directory: Directory) -> None:
+    """A directory, and those above it first: an upper directory of the same attributes, merged with the lower ones."""
+    missing: list[Directory] = []
+    above: Directory | None = directory
+    while above is not None and not above.in_upper:
+        missing.append(above)
+        above = above.parent
+    view.upper  # noqa: B018 - EROFS without one
+    for lower in reversed(missing):
+        _copy_up_one(view, lower)
+
+
+def _copy_up_one(view: View, directory: Directory) -> None:
+    parent = directory.parent
+    if parent is None:
+        raise failure(errno.ENOENT)  # removed meanwhile
+    upper = view.upper
+    source = view.lower_place(directory)
+    copy = Copy(upper, directory, source, os.stat(source.dirfd), 0)
+    upper.is_dirty = True
+    try:
+        upper.calls.mkdir(copy.temporary, 0o700, upper.work_fd)
+        copy_attributes(upper, copy.source, copy.st, copy.temporary)
+        origin = view.origin_of(source)
+        if origin is not None:
+            upper.set_origin(upper.work_fd, copy.temporary, origin)
+            mark_impure(view, parent)
+        real = os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
+        with keeping_times(upper, view.upper_fd(parent)) as dirfd:
+            upper.calls.rename(upper.work_fd, copy.temporary, dirfd, directory.name)
+        copy.is_published = True
+    finally:
+        if not copy.is_published:
+            upper.discard_if_there(copy.temporary)
+    directory.in_upper = True
+    directory.has_origin = True
+    directory.is_impure = False
+    view.table.add_key(directory, key_of(UPPER, real.st_ino))

@@ -1,0 +1,554 @@
+"""Layers: the only module that hands a file name to the kernel.
+
+A layer is a descriptor of its root, taken before anything is mounted, and everything in it is reached from there by relative steps that
+follow no symlink. Where the process may (CAP_SYS_ADMIN), the descriptor is of a detached clone of the layer's mount: read-only and without
+atime for a lower, so that nothing this process does can change it; without submounts, so that what they cover shows, as the kernel's own
+overlay does it (clone_private_mount). `Layer` has no method that writes. `Upper` adds those, and makes each through `Calls`, the one place
+where tests count, fail or kill.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from pyoverlay.core import marks, syscalls
+from pyoverlay.core.policy import Fsync, Whiteouts
+
+_OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+_PATH_MAX = 4096
+
+
+class Held:
+    """An object whose descriptor is cached: closed when there are too many, and opened again when it is needed."""
+
+    __slots__ = ("fd", "is_recent", "pins")
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.is_recent = False
+        self.pins = 0  # users that keep the number across an await
+
+
+class DescriptorCache:
+    """The open descriptors of Held objects, at most about `limit` of them.
+
+    Opening one never closes another: a caller may hold two numbers at once. `trim` does, and is called between operations. `before_close` is told of each
+    object before its number is free for another file.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.before_close: Callable[[Held], None] | None = None
+        self._held: dict[Held, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def put(self, held: Held, fd: int) -> int:
+        held.fd = fd
+        held.is_recent = True
+        self._held[held] = None
+        return fd
+
+    def close(self, held: Held) -> None:
+        if held.fd >= 0:
+            if self.before_close is not None:
+                self.before_close(held)
+            os.close(held.fd)
+            held.fd = -1
+            del self._held[held]
+
+    def trim(self) -> None:
+        """Close what was used least recently (second chance) until the limit holds."""
+        for _ in range(2 * len(self._held)):
+            if len(self._held) <= self.limit:
+                return
+            held = next(iter(self._held))
+            if held.is_recent or held.pins:
+                held.is_recent = False
+                del self._held[held]
+                self._held[held] = None
+            else:
+                self.close(held)
+
+    def close_all(self) -> None:
+        for held in list(self._held):
+            self.close(held)
+
+
+class Names:
+    """What one directory of a lower holds: its names, and which names it hides in the layers below."""
+
+    __slots__ = ("hides_all", "names", "whiteouts")
+
+    def __init__(self, names: dict[bytes, None], whiteouts: frozenset[bytes], hides_all: bool) -> None:
+        self.names = names  # in the order of the disk: attributes are then read in about the order they lie in
+        self.whiteouts = whiteouts
+        self.hides_all = hides_all  # an aufs `.wh..wh..opq`; the kernel's mark is not looked for here
+
+
+class LowerDir(Held):
+    """A directory of a lower. Its place never changes while we are mounted, so it is known by that: parent and name.
+
+    is_masked: it is our own upper or work directory, seen through a lower that contains it; it shows empty.
+    """
+
+    __slots__ = ("contents", "has_xattr_whiteouts", "is_masked", "layer", "name", "parent")
+
+    def __init__(self, layer: Lower, parent: LowerDir | None, name: bytes, is_masked: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.parent = parent
+        self.name = name
+        self.is_masked = is_masked
+        self.contents: Names | None = None
+        self.has_xattr_whiteouts: bool | None = None
+
+
+def open_below(fd: int, names: Sequence[bytes], resolve: int) -> int:
+    """O_PATH descriptor of the directory reached from `fd` by these names, however deep: a path longer than PATH_MAX is walked in pieces."""
+    here, piece, length = fd, list[bytes](), 0
+    try:
+        for name in itertools.chain(names, (None,)):
+            if name is not None and length + len(name) + 1 < _PATH_MAX:
+                piece.append(name)
+                length += len(name) + 1
+                continue
+            below = syscalls.openat2(here, b"/".join(piece), _OPEN_DIR, resolve)
+            if here != fd:
+                os.close(here)
+            here, piece = below, [name] if name is not None else []
+            length = sum(len(name) + 1 for name in piece)
+    except OSError:
+        if here != fd:
+            os.close(here)
+        raise
+    return here
+
+
+class Layer:
+    """One directory tree, read only by type: there is no method here that changes anything.
+
+    root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it lies on,
+    a small number. is_clone: root_fd is of a detached clone of the mount.
+    """
+
+    def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache) -> None:
+        self.root_fd = root_fd
+        self.index = index
+        self.fs = fs
+        self.is_clone = is_clone
+        self.mark_prefix = mark_prefix
+        self.cache = cache
+        self._resolve = _RESOLVE if is_clone else _RESOLVE | syscalls.RESOLVE_NO_XDEV
+        self._noatime = os.O_NOATIME
+
+    def close(self) -> None:
+        os.close(self.root_fd)
+
+    # -- one name in one directory
+
+    def stat(self, dirfd: int, name: bytes) -> os.stat_result | None:
+        """lstat of a name; None where there is none. A name too long for this file system is not there (ovl_lookup_single)."""
+        try:
+            return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return None
+            raise
+
+    def readlink(self, dirfd: int, name: bytes) -> bytes:
+        """Target of a symlink; the empty name is the symlink that dirfd was opened on."""
+        return os.readlink(name, dir_fd=dirfd)
+
+    def open_read(self, dirfd: int, name: bytes) -> int:
+        """Descriptor of a regular file. ESTALE where it is no longer one: a fifo or a device in a layer is never opened."""
+        fd = self._open_noatime(dirfd, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return _require_regular(fd)
+
+    def _open_noatime(self, dirfd: int, name: bytes, flags: int) -> int:
+        """Reading leaves no trace, where we may say so: O_NOATIME is for the owner and for CAP_FOWNER (open(2))."""
+        try:
+            return os.open(name, flags | self._noatime, dir_fd=dirfd)
+        except PermissionError:
+            if not self._noatime:
+                raise
+            return os.open(name, flags, dir_fd=dirfd)
+
+    def getxattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes | None:
+        """An extended attribute of a name (empty: of dirfd itself), or None; also where this kind of file or file system has none."""
+        try:
+            return os.getxattr(_proc(dirfd, name), attribute, follow_symlinks=not name)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+
+    def listxattr(self, dirfd: int, name: bytes) -> list[bytes]:
+        try:
+            return [os.fsencode(attribute) for attribute in os.listxattr(_proc(dirfd, name), follow_symlinks=not name)]
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return []
+            raise
+
+    def getmark(self, dirfd: int, name: bytes, mark: bytes) -> bytes | None:
+        """One of the overlay's own marks, in this mount's spelling."""
+        return self.getxattr(dirfd, name, self.mark_prefix + mark)
+
+    def listmarks(self, dirfd: int, name: bytes) -> frozenset[bytes]:
+        """Which marks a name bears. One system call where most names bear none."""
+        prefix = self.mark_prefix
+        found = self.listxattr(dirfd, name)
+        return frozenset(attribute[len(prefix) :] for attribute in found if attribute.startswith(prefix)) if found else frozenset()
+
+    # -- directories
+
+    def open_dir(self, dirfd: int, name: bytes) -> int:
+        """O_PATH descriptor of a directory. EXDEV: it is a mount point, in a layer that is no clone."""
+        if self.is_clone:
+            return os.open(name, _OPEN_DIR, dir_fd=dirfd)
+        return syscalls.openat2(dirfd, name, _OPEN_DIR, self._resolve)
+
+    def open_descendant(self, start: int, names: Sequence[bytes]) -> int:
+        """O_PATH descriptor of a directory some steps below an open one."""
+        return self.open_dir(start, names[0]) if len(names) == 1 else open_below(start, names, self._resolve)
+
+    def dirfd(self, directory: LowerDir) -> int:
+        """Descriptor of a directory of this layer, from the cache or opened anew from the nearest open ancestor."""
+        if directory.fd >= 0:
+            directory.is_recent = True
+            return directory.fd
+        names: list[bytes] = []
+        above: LowerDir = directory
+        while above.parent is not None and above.fd < 0:
+            names.append(above.name)
+            above = above.parent
+        if not names:
+            return self.root_fd
+        start = above.fd if above.fd >= 0 else self.root_fd
+        return self.cache.put(directory, self.open_descendant(start, names[::-1]))
+
+    def scan(self, dirfd: int) -> list[os.DirEntry[str]]:
+        """The entries of a directory, without "." and ".."."""
+        fd = self._open_noatime(dirfd, b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with os.scandir(fd) as entries:
+                return list(entries)
+        finally:
+            os.close(fd)
+
+
+class Lower(Layer):
+    """A lower: a Layer, and what a lower may spell differently from the upper."""
+
+    def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, whiteouts: Whiteouts) -> None:
+        super().__init__(root_fd, index, fs, is_clone=is_clone, mark_prefix=mark_prefix, cache=cache)
+        self.root = LowerDir(self, None, b"")
+        self._reads_aufs = whiteouts is not Whiteouts.KERNEL
+
+    def is_whiteout(self, directory: LowerDir, name: bytes, st: os.stat_result) -> bool:
+        if marks.is_whiteout_device(st):
+            return True
+        if not marks.may_be_whiteout_file(st):
+            return False
+        if self._reads_aufs and name.startswith(marks.AUFS_PREFIX):
+            return True
+        return self._has_xattr_whiteouts(directory) and self.getmark(self.dirfd(directory), name, marks.WHITEOUT) is not None
+
+    def _has_xattr_whiteouts(self, directory: LowerDir) -> bool:
+        if directory.has_xattr_whiteouts is None:
+            directory.has_xattr_whiteouts = self.getmark(self.dirfd(directory), b".", marks.OPAQUE) == b"x"
+        return directory.has_xattr_whiteouts
+
+    def contents(self, directory: LowerDir) -> Names:
+        """As `read`, but kept: a lower does not change."""
+        if directory.contents is None:
+            directory.contents = self.read(directory)
+        return directory.contents
+
+    def read(self, directory: LowerDir) -> Names:
+        """The names of a directory, whiteouts apart."""
+        if directory.is_masked:
+            return _NOTHING
+        dirfd = self.dirfd(directory)
+        names: list[bytes] = []
+        whiteouts: list[bytes] = []
+        hides_all = False
+        for entry in self.scan(dirfd):
+            name = os.fsencode(entry.name)
+            if self._cannot_be_whiteout(directory, entry, name):
+                names.append(name)
+                continue
+            st = self.stat(dirfd, name)
+            if st is None:
+                continue
+            if not self.is_whiteout(directory, name, st):
+                names.append(name)
+            elif name == marks.AUFS_OPAQUE and stat.S_ISREG(st.st_mode):
+                hides_all = True
+            elif self._reads_aufs and name.startswith(marks.AUFS_PREFIX) and stat.S_ISREG(st.st_mode):
+                whiteouts.append(name[len(marks.AUFS_PREFIX) :])
+            else:
+                whiteouts.append(name)
+        return Names(dict.fromkeys(names), frozenset(whiteouts), hides_all)
+
+    def _cannot_be_whiteout(self, directory: LowerDir, entry: os.DirEntry[str], name: bytes) -> bool:
+        """By its type alone: no stat for the many entries that are plainly something else."""
+        if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
+            return True
+        if not entry.is_file(follow_symlinks=False):
+            return False
+        return not (self._reads_aufs and name.startswith(marks.AUFS_PREFIX)) and not self._has_xattr_whiteouts(directory)
+
+
+_NOTHING = Names({}, frozenset(), False)
+
+
+class Place(NamedTuple):
+    """Where an object's metadata lies: a name in an open directory; the empty name is the object of dirfd itself, "." a directory's own."""
+
+    layer: Layer
+    dirfd: int
+    name: bytes
+
+
+class Calls:
+    """The system calls that change an upper, one method each, and nothing else: tests put theirs in place of these to count, fail or kill."""
+
+    def open(self, name: bytes, flags: int, mode: int, dirfd: int) -> int:
+        return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
+
+    def mkdir(self, name: bytes, mode: int, dirfd: int) -> None:
+        os.mkdir(name, mode, dir_fd=dirfd)
+
+    def mknod(self, name: bytes, mode: int, rdev: int, dirfd: int) -> None:
+        os.mknod(name, mode, rdev, dir_fd=dirfd)
+
+    def symlink(self, target: bytes, name: bytes, dirfd: int) -> None:
+        os.symlink(target, name, dir_fd=dirfd)
+
+    def link(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes) -> None:
+        if name:
+            syscalls.linkat(dirfd, name, new_dirfd, new)
+        else:
+            syscalls.linkat(syscalls.AT_FDCWD, _proc(dirfd, b""), new_dirfd, new, syscalls.AT_SYMLINK_FOLLOW)
+
+    def unlink(self, name: bytes, dirfd: int) -> None:
+        os.unlink(name, dir_fd=dirfd)
+
+    def rmdir(self, name: bytes, dirfd: int) -> None:
+        os.rmdir(name, dir_fd=dirfd)
+
+    def rename(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes, flags: int = 0) -> None:
+        if flags:
+            syscalls.renameat2(dirfd, name, new_dirfd, new, flags)
+        else:
+            os.rename(name, new, src_dir_fd=dirfd, dst_dir_fd=new_dirfd)
+
+    # An empty name is the object of an O_PATH descriptor: it is reached through /proc, which follows no symlink beyond it.
+
+    def chmod(self, dirfd: int, name: bytes, mode: int) -> None:
+        if name:
+            syscalls.fchmodat(dirfd, name, mode)
+        else:
+            os.chmod(_proc(dirfd, b""), mode)
+
+    def chown(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
+        if name:
+            os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
+        else:
+            os.chown(_proc(dirfd, b""), uid, gid)
+
+    def utimens(self, dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
+        syscalls.utimensat(dirfd, name, atime_ns, mtime_ns)
+
+    def setxattr(self, dirfd: int, name: bytes, attribute: bytes, value: bytes, flags: int) -> None:
+        os.setxattr(_proc(dirfd, name), attribute, value, flags, follow_symlinks=not name)
+
+    def removexattr(self, dirfd: int, name: bytes, attribute: bytes) -> None:
+        os.removexattr(_proc(dirfd, name), attribute, follow_symlinks=not name)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        syscalls.fallocate(fd, mode, offset, length)
+
+    def copy_file_range(self, fd: int, new_fd: int, length: int, offset: int, new_offset: int) -> int:
+        return os.copy_file_range(fd, new_fd, length, offset, new_offset)
+
+
+class Upper(Layer):
+    """The upper: a Layer that can also be changed, with the work directory that makes each change one step.
+
+    work_fd: the directory for things half made, on the same mount, so that one rename publishes them. is_dirty: something was changed since
+    the last sync.
+    """
+
+    def __init__(
+        self, root_fd: int, work_fd: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, fsync: Fsync, calls: Calls | None = None
+    ) -> None:
+        super().__init__(root_fd, 0, fs, is_clone=is_clone, mark_prefix=mark_prefix, cache=cache)
+        self.work_fd = work_fd
+        self.fsync = fsync
+        self.calls = calls or Calls()
+        self.is_dirty = False
+        self.keeps_order = False  # its journal keeps a rename behind the extents written before it
+        self._noatime = 0  # what lies in the upper belongs to the merged view: its atime moves as on any file system
+        self._ids = (os.geteuid(), os.getegid())
+        self._temporary = itertools.count(1)
+        self._spare: bytes | None = None
+
+    def close(self) -> None:
+        if self._spare is not None:
+            with suppress(OSError):  # the next mount clears it
+                os.unlink(self._spare, dir_fd=self.work_fd)
+        super().close()
+        os.close(self.work_fd)
+
+    def sync(self) -> None:
+        """Everything on disk, unless the mount is volatile."""
+        self.is_dirty = False
+        if self.fsync is not Fsync.VOLATILE:
+            syscalls.syncfs(self.root_fd)
+
+    def open_write(self, dirfd: int, name: bytes) -> int:
+        """Read-write descriptor of a regular file of the upper."""
+        return _require_regular(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dirfd))
+
+    def open_pinned(self, pin: int, flags: int) -> int:
+        """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it."""
+        return os.open(_proc(pin, b""), flags | os.O_CLOEXEC)
+
+    def pin(self, dirfd: int, name: bytes) -> int:
+        """O_PATH descriptor: its inode number cannot be given to another file while this is open."""
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+
+    # -- building things out of sight
+
+    def temporary(self) -> bytes:
+        """A name in the work directory that nobody has, spelled as the kernel spells its own (ovl_tempname), which clears them too."""
+        return b"#%x" % next(self._temporary)
+
+    @contextmanager
+    def as_caller(self, uid: int, gid: int, umask: int) -> Iterator[None]:
+        """What is made inside belongs to the caller from its first moment, and the caller's umask applies unless a default ACL does."""
+        old = os.umask(umask)
+        try:
+            if (uid, gid) == self._ids:
+                yield
+                return
+            syscalls.setfsids(uid, gid)
+            try:
+                yield
+            finally:
+                syscalls.setfsids(*self._ids)
+        finally:
+            os.umask(old)
+
+    # -- marks and whiteouts
+
+    def set_mark(self, dirfd: int, name: bytes, mark: bytes, value: bytes) -> None:
+        self.is_dirty = True
+        self.calls.setxattr(dirfd, name, self.mark_prefix + mark, value, 0)
+
+    def is_whiteout(self, dirfd: int, name: bytes, st: os.stat_result, *, has_xattr_whiteouts: bool) -> bool:
+        if marks.is_whiteout_device(st):
+            return True
+        return has_xattr_whiteouts and marks.may_be_whiteout_file(st) and self.getmark(dirfd, name, marks.WHITEOUT) is not None
+
+    def whiteout(self) -> bytes:
+        """The name, in the work directory, of a whiteout ready to be renamed to its place."""
+        name = self.temporary()
+        self.is_dirty = True
+        if self._spare is not None:
+            try:
+                self.calls.link(self.work_fd, self._spare, self.work_fd, name)
+                return name
+            except OSError as error:
+                if error.errno not in (errno.EMLINK, errno.ENOENT):  # ext4 allows 65,000 links
+                    raise
+        self._spare = self.temporary()
+        self.calls.mknod(self._spare, stat.S_IFCHR, 0, self.work_fd)
+        self.calls.link(self.work_fd, self._spare, self.work_fd, name)
+        return name
+
+    def link_whiteout(self, dirfd: int, name: bytes) -> None:
+        """Put a whiteout where the upper has nothing: one call."""
+        if self._spare is None:
+            temporary = self.whiteout()
+            self.calls.rename(self.work_fd, temporary, dirfd, name)
+            return
+        self.is_dirty = True
+        try:
+            self.calls.link(self.work_fd, self._spare, dirfd, name)
+        except OSError as error:
+            if error.errno not in (errno.EMLINK, errno.ENOENT):
+                raise
+            self._spare = None
+            self.link_whiteout(dirfd, name)
+
+    def set_origin(self, dirfd: int, name: bytes, origin: marks.Origin) -> None:
+        """Where it came from. Not worth failing for: without it an inode number changes at the next mount (ovl_set_origin)."""
+        try:
+            self.set_mark(dirfd, name, marks.ORIGIN, marks.encode_origin(origin))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):  # user.* on a symlink or a device
+                raise
+
+    def discard_if_there(self, name: bytes) -> None:
+        """As discard, of something that may not have been made."""
+        with suppress(FileNotFoundError):
+            remove_tree(self.work_fd, name)
+
+    def discard(self, name: bytes) -> None:
+        """Remove something from the work directory, a directory with all it holds. What cannot be removed is left for the next mount."""
+        remove_tree(self.work_fd, name)
+
+
+def readable_dir(dirfd: int) -> int:
+    """A descriptor that reads, for the calls that refuse O_PATH."""
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+
+
+def _require_regular(fd: int) -> int:
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def _proc(fd: int, name: bytes) -> bytes:
+    """A path for the calls that take no directory descriptor."""
+    return b"/proc/self/fd/%d/%s" % (fd, name) if name else b"/proc/self/fd/%d" % fd
+
+
+def remove_tree(dirfd: int, name: bytes) -> None:
+    """Remove a name and all below it, never following a symlink."""
+    try:
+        os.unlink(name, dir_fd=dirfd)
+        return
+    except IsADirectoryError:
+        pass
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+    try:
+        with os.scandir(fd) as entries:
+            names = [os.fsencode(entry.name) for entry in entries]
+        for below in names:
+            remove_tree(fd, below)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=dirfd)

@@ -1,0 +1,60 @@
+"""What a mount was asked to do: the choices that change what the core writes or believes.
+
+Values only. Where each comes from (option strings, defaults, privileges) is the daemon's business; the core is handed a finished
+Policy and never looks at the machine to make up its mind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class RedirectDir(Enum):
+    """`redirect_dir=`: Documentation/filesystems/overlayfs.rst, "Renaming directories"."""
+
+    ON = "on"  # followed and written
+    FOLLOW = "follow"  # followed, not written: renaming a lower directory is EXDEV
+    NOFOLLOW = "nofollow"  # neither followed nor written
+    OFF = "off"  # not written; followed, as kernels with REDIRECT_ALWAYS_FOLLOW do
+
+    @property
+    def is_followed(self) -> bool:
+        return self is not RedirectDir.NOFOLLOW
+
+
+class Whiteouts(Enum):
+    """`whiteouts=`: which spellings of a whiteout a lower may use. The upper always uses the kernel's."""
+
+    AUTO = "auto"  # the kernel's, and empty `.wh.NAME` files in lowers
+    KERNEL = "kernel"  # the kernel's alone: `.wh.NAME` is an ordinary file
+    AUFS = "aufs"  # as AUTO, and written so in an upper that refuses character devices
+
+
+class Fsync(Enum):
+    """`fsync=`: when data must be on disk."""
+
+    ORDERED = "ordered"  # a copy-up's data before its name; durability when somebody calls fsync
+    STRICT = "strict"  # as ORDERED with a full fsync before each name, and on close
+    VOLATILE = "volatile"  # never
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The choices of one mount.
+
+    userxattr: marks are `user.overlay.*` instead of `trusted.overlay.*`; redirect and metacopy marks are then never followed.
+    read_only: there is no upper.
+    privileged: the process has the capabilities a mount of the initial user namespace gives (layers are cloned, owners are set).
+    squash_uid, squash_gid: every object belongs to this id in the merged view; None: ids are kept.
+    """
+
+    userxattr: bool = False
+    redirect_dir: RedirectDir = RedirectDir.ON
+    metacopy: bool = False
+    index: bool = False
+    whiteouts: Whiteouts = Whiteouts.AUTO
+    fsync: Fsync = Fsync.ORDERED
+    privileged: bool = True
+    squash_uid: int | None = None
+    squash_gid: int | None = None

@@ -1,0 +1,193 @@
+"""Rename: one renameat2, after the marks that make its result right.
+
+A directory that lowers are part of keeps them by a redirect, set before it moves: at its old place it says nothing new. A directory of the upper alone that
+comes to a merged parent is marked opaque, or it would merge with what lowers have under its new name. What a lower has under the old name is hidden by a
+whiteout that the same system call leaves. The order is that of ovl_rename, fs/overlayfs/dir.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NamedTuple
+
+from pyoverlay.core import marks, syscalls
+from pyoverlay.core.change import has_lower, in_upper, keep_alive
+from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
+from pyoverlay.core.inode import Directory, Inode, Listing
+from pyoverlay.core.layer import Place
+from pyoverlay.core.policy import RedirectDir
+from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from pyoverlay.core.view import View, failure
+
+
+class Entry(NamedTuple):
+    """One side of a rename. inode is None where nothing has the name."""
+
+    parent: Directory
+    name: bytes
+    inode: Inode | None
+
+
+def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Directory, new_name: bytes, flags: int = 0) -> None:
+    """rename(2) and renameat2(2) in the merged view.
+
+    Files must have been copied up (`copyup`), or are copied up here, data and all. EXDEV: a directory of a lower, without redirects. EINVAL: RENAME_WHITEOUT,
+    as ovl_rename answers.
+    """
+    if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+        raise failure(errno.EINVAL)
+    old, new = _entry(view, old_parent, old_name), _entry(view, new_parent, new_name)
+    if old.inode is None:
+        raise failure(errno.ENOENT)
+    is_exchange = bool(flags & RENAME_EXCHANGE)
+    _check(view, old.inode, new, flags)
+    if old.inode is new.inode and not isinstance(old.inode, Directory):
+        return  # two links of one file: rename(2) does nothing
+    view.upper.is_dirty = True
+    _bring_up(view, old, old.inode)
+    if is_exchange and new.inode is not None:
+        _bring_up(view, new, new.inode)
+    copy_up_directory(view, new_parent)
+    _prepare_move(view, old.inode, old, new_parent)
+    if is_exchange and new.inode is not None:
+        _prepare_move(view, new.inode, new, old_parent)
+        view.upper.calls.rename(view.upper_fd(old_parent), old_name, view.upper_fd(new_parent), new_name, RENAME_EXCHANGE)
+        _moved(view, new.inode, new, old)
+    else:
+        _replace(view, old, new)
+        if old_parent.listing is not None:
+            old_parent.listing.remove(old_name)
+        if new_parent.listing is not None:
+            new_parent.listing.add(new_name)
+    _moved(view, old.inode, old, new)
+
+
+def _entry(view: View, parent: Directory, name: bytes) -> Entry:
+    found = view.lookup(parent, name)
+    return Entry(parent, name, found[0] if found else None)
+
+
+def _check(view: View, old: Inode, new: Entry, flags: int) -> None:
+    if new.parent.is_orphan:
+        raise failure(errno.ENOENT)
+    if new.inode is None:
+        if flags & RENAME_EXCHANGE:
+            raise failure(errno.ENOENT)
+    elif flags & RENAME_NOREPLACE:
+        raise failure(errno.EEXIST)
+    for moved in (old, new.inode if flags & RENAME_EXCHANGE else None):
+        if isinstance(moved, Directory) and moved.lowers and (view.policy.redirect_dir is not RedirectDir.ON or view.policy.userxattr):
+            raise failure(errno.EXDEV)
+    if new.inode is None or flags & RENAME_EXCHANGE:
+        return
+    if isinstance(new.inode, Directory):
+        if not isinstance(old, Directory):
+            raise failure(errno.EISDIR)
+        if len(view.listing(new.inode)):
+            raise failure(errno.ENOTEMPTY)
+    elif isinstance(old, Directory):
+        raise failure(errno.ENOTDIR)
+
+
+def _bring_up(view: View, entry: Entry, inode: Inode) -> None:
+    """The object in the upper, under this very name: a hard link copied up under another one gets this one too."""
+    if not inode.in_upper and inode.parent is None:
+        raise failure(errno.ESTALE)
+    if not inode.in_upper:
+        copy_up(view, inode)
+    copy_up_directory(view, entry.parent)
+    if isinstance(inode, Directory) or in_upper(view, entry.parent, entry.name):
+        return
+    _, dirfd, name = view.place(inode)
+    mark_impure(view, entry.parent)
+    view.upper.calls.link(dirfd, name, view.upper_fd(entry.parent), entry.name)
+    inode.lower_links -= 1
+    inode.add_name(entry.parent, entry.name)
+
+
+def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None:
+    """The marks, which mean nothing as long as it stays where it is."""
+    if isinstance(inode, Directory):
+        if inode.lowers:
+            _set_redirect(view, inode, entry, is_same_parent=to is entry.parent)
+        elif to.lowers and not inode.is_opaque:
+            view.upper.set_mark(view.upper_fd(inode), b".", marks.OPAQUE, b"y")
+            inode.is_opaque = True
+    if inode.has_origin and to is not entry.parent:
+        mark_impure(view, to)
+
+
+def _set_redirect(view: View, directory: Directory, entry: Entry, *, is_same_parent: bool) -> None:
+    """One name while it stays in its parent, else the path from the root, both in the layers below (ovl_set_redirect)."""
+    if directory.redirect is not None and (is_same_parent or directory.redirect.startswith(b"/")):
+        return
+    redirect = entry.name if is_same_parent else path_in_lowers(directory)
+    view.upper.set_mark(view.upper_fd(directory), b".", marks.REDIRECT, redirect)
+    directory.redirect = redirect
+
+
+def path_in_lowers(directory: Directory) -> bytes:
+    """Where the lowers have a directory, from the root: its merged path, each name replaced by the redirect it has (ovl_get_redirect)."""
+    components: list[bytes] = []
+    here: Directory | None = directory
+    while here is not None and here.parent is not None:
+        redirect = here.redirect
+        if redirect is not None and redirect.startswith(b"/"):
+            return b"/".join([redirect, *reversed(components)])
+        components.append(redirect if redirect is not None else here.name)
+        here = here.parent
+    return b"/" + b"/".join(reversed(components))
+
+
+def _replace(view: View, old: Entry, new: Entry) -> None:
+    """Move over whatever the upper has under the new name, leaving a whiteout under the old one if a lower has that."""
+    upper = view.upper
+    leaves_whiteout = has_lower(view, old.parent, old.name)
+    is_upper = new.inode is not None and in_upper(view, new.parent, new.name)
+    if new.inode is not None and is_upper:
+        keep_alive(view, new.inode, new.parent, new.name)
+        if isinstance(new.inode, Directory):
+            _empty(view, new.inode, new)
+    from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
+    over_whiteout = not is_upper and upper.stat(to_fd, new.name) is not None
+    if over_whiteout and (leaves_whiteout or isinstance(old.inode, Directory)):
+        upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
+        if not leaves_whiteout:
+            upper.calls.unlink(old.name, from_fd)
+    else:
+        upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_WHITEOUT if leaves_whiteout else 0)
+    if new.inode is not None:
+        _replaced(view, new.inode, new, was_lower_name=not is_upper)
+
+
+def _empty(view: View, directory: Directory, entry: Entry) -> None:
+    """A directory that shows nothing may hold whiteouts: put a really empty one of the same attributes in its place (ovl_clear_empty)."""
+    upper, dirfd = view.upper, view.upper_fd(entry.parent)
+    if not upper.scan(view.upper_fd(directory)):
+        return
+    temporary = upper.temporary()
+    upper.calls.mkdir(temporary, 0o700, upper.work_fd)
+    try:
+        copy_attributes(upper, Place(upper, dirfd, entry.name), os.stat(view.upper_fd(directory)), temporary)
+        upper.set_mark(upper.work_fd, temporary, marks.OPAQUE, b"y")
+        upper.calls.rename(upper.work_fd, temporary, dirfd, entry.name, RENAME_EXCHANGE)
+    finally:
+        upper.discard_if_there(temporary)
+
+
+def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -> None:
+    inode.remove_name(entry.parent, entry.name)
+    if isinstance(inode, Directory):
+        inode.listing = Listing([])
+    elif was_lower_name:
+        inode.lower_links -= 1
+    view.release(inode)
+
+
+def _moved(view: View, inode: Inode, old: Entry, new: Entry) -> None:
+    """Take note of a new name."""
+    inode.remove_name(old.parent, old.name)
+    inode.add_name(new.parent, new.name)
+    if isinstance(inode, Directory):
+        view.table.move_stray(inode, new.parent, new.name)

@@ -1,0 +1,461 @@
+/* The lane: READ, WRITE and hopeless GETXATTR, answered without Python. See _lane.h for the lock.
+ *
+ * Nothing here may wait for a disk on the receiver's thread, since every other request waits behind it. So a READ is first tried with
+ * RWF_NOWAIT, and what is not in the page cache goes to a few threads. A WRITE only waits where the kernel throttles the writer: it is
+ * made at once until one was slow, and then by the threads for a while.
+ */
+#define _GNU_SOURCE
+#include "_lane.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8,       /* struct node, flags */
+	DATA_AT = 4096,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
+	WRITE_KILL_SUIDGID = 4,
+	THREADS = 4,
+	QUEUED_BYTES = 64 << 20,             /* of writes; past it the receiver writes itself, and so everybody is slowed down */
+};
+static const double SLOW_WRITE = 5e3, PRESSURE = 1e6;                  /* microseconds */
+
+struct node {
+	uint64_t id;                         /* 0: an empty slot */
+	int read_fd, write_fd;
+	unsigned flags;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct node *table;                   /* open addressing, linear probing, never more than half full */
+static size_t slots, used;
+static bool any_written;
+static struct lane_counts counts;
+static double pressure_until;
+
+struct job {
+	struct job *next;
+	int device, fd;                      /* duplicates: neither Python nor an unmount can close them under a thread */
+	uint32_t opcode, size;
+	uint64_t unique, offset;
+	char *mem;                           /* of a WRITE: the whole request, whose data ends it */
+	const char *data;
+};
+
+static pthread_mutex_t queue_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t queue_filled = PTHREAD_COND_INITIALIZER;
+static struct job *queue_head, **queue_tail = &queue_head;
+static size_t queued_bytes;
+static int queued_jobs, threads, idle_threads;
+
+double monotonic_us(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
+}
+
+/* A reply is written whole or not at all. ENOENT: the request was aborted; ENODEV: the mount is gone. Anything else would leave the caller
+ * waiting for ever, so it gets EIO, which carries no body that could be refused. */
+void reply_to(int device, uint64_t unique, int error, const void *body, size_t size)
+{
+	struct out_header head = { (uint32_t)(sizeof head + size), -error, unique };
+	struct iovec iov[2] = { { &head, sizeof head }, { (void *)body, size } };
+
+	if (writev(device, iov, size ? 2 : 1) >= 0 || errno == ENOENT || errno == ENODEV)
+		return;
+	head = (struct out_header){ sizeof head, -EIO, unique };
+	if (write(device, &head, sizeof head) < 0)
+		return;                      /* the kernel takes no reply at all: its own end of the connection decides */
+}
+
+void lane_lock(void) { pthread_mutex_lock(&lock); }
+bool lane_try_lock(void) { return pthread_mutex_trylock(&lock) == 0; }
+void lane_unlock(void) { pthread_mutex_unlock(&lock); }
+
+/* ---- the table of nodes ---- */
+
+static size_t slot_of(uint64_t id)
+{
+	return (size_t)((id * 0x9E3779B97F4A7C15u) >> 32) & (slots - 1);       /* Fibonacci hashing: inode numbers come in runs */
+}
+
+static struct node *find(uint64_t id)
+{
+	if (!slots)
+		return NULL;
+	size_t i = slot_of(id);
+	while (table[i].id && table[i].id != id)
+		i = (i + 1) & (slots - 1);
+	return &table[i];
+}
+
+static struct node *known(uint64_t id)
+{
+	struct node *n = id ? find(id) : NULL;
+	return n && n->id ? n : NULL;
+}
+
+static bool resize(size_t new_slots)
+{
+	struct node *old = table, *fresh = calloc(new_slots, sizeof *fresh);
+	size_t old_slots = slots;
+
+	if (!fresh)
+		return false;
+	table = fresh;
+	slots = new_slots;
+	for (size_t i = 0; i < old_slots; i++)
+		if (old[i].id)
+			*find(old[i].id) = old[i];
+	free(old);
+	return true;
+}
+
+static struct node *known_or_new(uint64_t id)
+{
+	struct node *n = known(id);
+	if (n || !id)
+		return n;
+	if (used * 2 >= slots && !resize(slots ? slots * 2 : 64))
+		return NULL;
+	n = find(id);
+	*n = (struct node){ id, -1, -1, 0 };
+	used++;
+	return n;
+}
+
+/* Closes the gap by moving back each follower that its own slot allows, so that no tombstones pile up over days of look-ups and forgets. */
+static void delete(struct node *n)
+{
+	size_t gap = (size_t)(n - table), i = gap;
+
+	for (;;) {
+		i = (i + 1) & (slots - 1);
+		if (!table[i].id)
+			break;
+		size_t home = slot_of(table[i].id);
+		if (((i - home) & (slots - 1)) >= ((i - gap) & (slots - 1))) {
+			table[gap] = table[i];
+			gap = i;
+		}
+	}
+	table[gap].id = 0;
+	used--;
+	if (slots > 64 && used * 8 < slots)
+		resize(slots / 4);           /* a failure leaves it large, which is harmless */
+}
+
+static void delete_if_empty(struct node *n)
+{
+	if (n->read_fd < 0 && n->write_fd < 0 && !(n->flags & NO_XATTR))
+		delete(n);
+}
+
+int lane_set(uint64_t node, int read_fd, int write_fd)
+{
+	struct node *n = read_fd < 0 && write_fd < 0 ? known(node) : known_or_new(node);
+	if (!n)
+		return read_fd < 0 && write_fd < 0 ? 0 : -ENOMEM;
+	n->read_fd = read_fd;
+	n->write_fd = write_fd;
+	n->flags &= ~(unsigned)(IN_MEMORY | NO_NOWAIT);        /* of the file system the old descriptor was on */
+	delete_if_empty(n);
+	return 0;
+}
+
+int lane_set_no_xattr(uint64_t node, bool absent)
+{
+	struct node *n = absent ? known_or_new(node) : known(node);
+	if (!n)
+		return absent ? -ENOMEM : 0;
+	if (absent) {
+		n->flags |= NO_XATTR;
+	} else {
+		n->flags &= ~(unsigned)NO_XATTR;
+		delete_if_empty(n);
+	}
+	return 0;
+}
+
+bool lane_take_written(uint64_t node)
+{
+	struct node *n = known(node);
+	bool was = node ? n && n->flags & WRITTEN : any_written;
+
+	if (n)
+		n->flags &= ~(unsigned)WRITTEN;
+	else if (!node)
+		any_written = false;
+	return was;
+}
+
+void lane_clear(void)
+{
+	free(table);
+	table = NULL;
+	slots = used = 0;
+	any_written = false;
+	counts = (struct lane_counts){ 0 };
+	pressure_until = 0;
+}
+
+size_t lane_nodes(void) { return used; }
+struct lane_counts lane_counts(void) { return counts; }
+
+/* ---- the threads ---- */
+
+static void finish(struct job *j)
+{
+	ssize_t n;
+
+	if (j->opcode == OP_READ) {
+		char *data = malloc(j->size ? j->size : 1);
+		n = data ? pread(j->fd, data, j->size, (off_t)j->offset) : -1;
+		reply_to(j->device, j->unique, n < 0 ? errno : 0, data, n < 0 ? 0 : (size_t)n);
+		free(data);
+	} else {
+		n = pwrite(j->fd, j->data, j->size, (off_t)j->offset);
+		uint32_t written[2] = { n < 0 ? 0 : (uint32_t)n, 0 };
+		reply_to(j->device, j->unique, n < 0 ? errno : 0, written, n < 0 ? 0 : sizeof written);
+		pthread_mutex_lock(&queue_lock);
+		queued_bytes -= j->size;
+		pthread_mutex_unlock(&queue_lock);
+	}
+	close(j->fd);
+	close(j->device);
+	free(j->mem);
+	free(j);
+}
+
+static void *serve_queue(void *unused)
+{
+	(void)unused;
+	for (;;) {
+		pthread_mutex_lock(&queue_lock);
+		idle_threads++;
+		while (!queue_head)
+			pthread_cond_wait(&queue_filled, &queue_lock);
+		idle_threads--;
+		struct job *j = queue_head;
+		queue_head = j->next;
+		queued_jobs--;
+		if (!queue_head)
+			queue_tail = &queue_head;
+		pthread_mutex_unlock(&queue_lock);
+		finish(j);
+	}
+	return NULL;
+}
+
+/* With queue_lock held. Signals are Python's: its main thread must be the one that wakes. */
+static bool start_thread(void)
+{
+	pthread_attr_t small;
+	pthread_t thread;
+	sigset_t all, before;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	pthread_attr_init(&small);
+	pthread_attr_setstacksize(&small, 128 << 10);
+	pthread_attr_setdetachstate(&small, PTHREAD_CREATE_DETACHED);
+	bool started = pthread_create(&thread, &small, serve_queue, NULL) == 0;
+	pthread_attr_destroy(&small);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	threads += started;
+	return started;
+}
+
+static void drop(struct job *j)
+{
+	if (j->fd >= 0)
+		close(j->fd);
+	if (j->device >= 0)
+		close(j->device);
+	free(j);
+}
+
+/* False: no memory, descriptor or thread is to be had, and nothing was queued. A WRITE's buffer goes with the job. */
+static bool enqueue(int device, int fd, struct request *r, uint64_t offset, uint32_t size, const char *data)
+{
+	struct job *j = malloc(sizeof *j);
+
+	if (!j)
+		return false;
+	*j = (struct job){ .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = fcntl(fd, F_DUPFD_CLOEXEC, 3), .opcode = header_of(r)->opcode,
+		.size = size, .unique = header_of(r)->unique, .offset = offset, .data = data, .mem = data ? r->mem : NULL };
+	pthread_mutex_lock(&queue_lock);
+	bool ready = j->device >= 0 && j->fd >= 0 && (!data || queued_bytes + size <= QUEUED_BYTES)
+		&& (idle_threads > queued_jobs || threads == THREADS || start_thread() || threads);
+	if (ready) {
+		*queue_tail = j;
+		queue_tail = &j->next;
+		queued_jobs++;
+		queued_bytes += data ? size : 0;
+		pthread_cond_signal(&queue_filled);
+	}
+	pthread_mutex_unlock(&queue_lock);
+	if (!ready) {
+		drop(j);
+		return false;
+	}
+	if (data)
+		r->mem = NULL;
+	return true;
+}
+
+/* ---- the requests ---- */
+
+static bool is_in_memory(int fd)
+{
+	struct statfs s;
+	enum { TMPFS = 0x01021994, RAMFS = 0x858458f6 };
+
+	return fstatfs(fd, &s) == 0 && ((uint32_t)s.f_type == TMPFS || (uint32_t)s.f_type == (uint32_t)RAMFS);
+}
+
+/* The bytes read, up to the end of the file, or -errno; -EAGAIN if that needs a disk. Short answers of RWF_NOWAIT may only mean that the
+ * next page is not cached, while a short answer to the kernel means the end of the file: so go on until nothing comes. */
+static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset)
+{
+	size_t done = 0;
+
+	if (n->flags & NO_NOWAIT) {
+		if (!(n->flags & IN_MEMORY))
+			return -EAGAIN;
+		ssize_t all = pread(n->read_fd, data, size, offset);
+		return all < 0 ? -errno : all;
+	}
+	while (done < size) {
+		struct iovec iov = { data + done, size - done };
+		ssize_t got = preadv2(n->read_fd, &iov, 1, offset + (off_t)done, RWF_NOWAIT);
+		if (got == 0)
+			break;
+		if (got < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
+			n->flags |= NO_NOWAIT | (is_in_memory(n->read_fd) ? IN_MEMORY : 0);
+			return read_cached(n, data, size, offset);
+		}
+		if (got < 0)
+			return -errno;
+		done += (size_t)got;
+	}
+	return (ssize_t)done;
+}
+
+static bool answer_read(int device, struct request *r, struct node *n)
+{
+	const struct read_in *in = (const void *)body_of(r);
+
+	if (n->read_fd < 0 || body_size(r) < sizeof *in || in->size > r->capacity - DATA_AT)
+		return false;
+	char *data = r->mem + DATA_AT;
+	ssize_t got = read_cached(n, data, in->size, (off_t)in->offset);
+	if (got == -EBADF)
+		return false;                /* Python has another way to the file, or the right error */
+	if (got == -EAGAIN) {
+		if (!enqueue(device, n->read_fd, r, in->offset, in->size, NULL))
+			return false;
+		counts.queued_reads++;
+		return true;
+	}
+	counts.reads++;
+	reply_to(device, header_of(r)->unique, got < 0 ? (int)-got : 0, data, got < 0 ? 0 : (size_t)got);
+	return true;
+}
+
+/* A caller without CAP_FSETID takes suid and sgid away by writing, and we, who may have it, would not. Which of the two goes is a decision,
+ * and so Python's; nearly every file has neither. File capabilities go with any write, whoever makes it. */
+static bool must_strip(int fd, const struct write_in *in)
+{
+	struct stat st;
+	return in->write_flags & WRITE_KILL_SUIDGID && (fstat(fd, &st) < 0 || st.st_mode & (S_ISUID | S_ISGID));
+}
+
+static bool answer_write(int device, struct request *r, struct node *n)
+{
+	const struct write_in *in = (const void *)body_of(r);
+	const char *data = (const char *)(in + 1);
+
+	if (n->write_fd < 0 || body_size(r) < sizeof *in || body_size(r) - sizeof *in != in->size || must_strip(n->write_fd, in))
+		return false;
+	double begin = monotonic_us();
+	if (begin < pressure_until && enqueue(device, n->write_fd, r, in->offset, in->size, data)) {
+		counts.queued_writes++;
+	} else {
+		ssize_t put = pwrite(n->write_fd, data, in->size, (off_t)in->offset);
+		if (put < 0 && errno == EBADF)
+			return false;
+		uint32_t written[2] = { put < 0 ? 0 : (uint32_t)put, 0 };
+		reply_to(device, header_of(r)->unique, put < 0 ? errno : 0, written, put < 0 ? 0 : sizeof written);
+		double end = monotonic_us();
+		if (end - begin > SLOW_WRITE)
+			pressure_until = end + PRESSURE;
+		counts.writes++;
+	}
+	n->flags |= WRITTEN;
+	any_written = true;
+	return true;
+}
+
+static bool answer_getxattr(int device, const struct request *r, const struct node *n)
+{
+	static const char *const absent[] = { "security.capability", "system.posix_acl_access", "system.posix_acl_default" };
+	const size_t fixed = 8;              /* size, padding; then the name and its NUL */
+
+	if (!(n->flags & NO_XATTR) || body_size(r) <= fixed || r->mem[r->size - 1] != '\0')
+		return false;
+	for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
+		if (strcmp(body_of(r) + fixed, absent[i]) == 0) {
+			counts.xattrs++;
+			reply_to(device, header_of(r)->unique, ENODATA, NULL, 0);
+			return true;
+		}
+	}
+	return false;
+}
+
+/* isatty(3): Python and others ask it of every file they open, and no node of ours is a terminal. */
+static bool answer_isatty(int device, const struct request *r)
+{
+	enum { CMD_AT = 12, TCGETS = 0x5401 };
+	uint32_t cmd;
+
+	if (body_size(r) < CMD_AT + sizeof cmd)
+		return false;
+	memcpy(&cmd, body_of(r) + CMD_AT, sizeof cmd);
+	if (cmd != TCGETS)
+		return false;
+	counts.isattys++;
+	reply_to(device, header_of(r)->unique, ENOTTY, NULL, 0);
+	return true;
+}
+
+bool lane_answer(int device, struct request *r)
+{
+	uint32_t opcode = header_of(r)->opcode;
+	bool answered = false;
+
+	if (opcode == OP_IOCTL)
+		return answer_isatty(device, r);
+	if (opcode != OP_READ && opcode != OP_WRITE && opcode != OP_GETXATTR)
+		return false;
+	lane_lock();
+	struct node *n = known(header_of(r)->nodeid);
+	if (n && opcode == OP_READ)
+		answered = answer_read(device, r, n);
+	else if (n && opcode == OP_WRITE)
+		answered = answer_write(device, r, n);
+	else if (n)
+		answered = answer_getxattr(device, r, n);
+	lane_unlock();
+	return answered;
+}

@@ -1,0 +1,683 @@
+/* pyoverlay.fuse._wire: completes pyfuse3 from outside, without changing it or libfuse.
+ *
+ * Loaded RTLD_GLOBAL before pyfuse3, this module is the first to define fuse_session_receive_buf, fuse_session_process_buf and
+ * fuse_session_destroy, so pyfuse3's calls of these arrive here; libfuse's own are found among the loaded objects. Nothing of libfuse is
+ * linked or included: only `struct fuse_buf`, the same in every libfuse 3, and the kernel's protocol are declared again below.
+ *
+ *   receive   spins on the device and reads it with the GIL released, answers what the lane can (_lane.c), returns everything else.
+ *             Nothing to read is -EINTR, at which pyfuse3 goes back to its loop; is_idle() tells the loop whether to sleep there.
+ *   process   gives Python the INIT reply to change, puts the node id where the file handle was, and turns opcodes that pyfuse3 does not
+ *             know into a READ of handle 0, which no file has. pyfuse3 runs that READ like any handler, with its own tasks, its own
+ *             answer and its own errors; what the handler returns becomes the body of the reply, whatever the opcode was.
+ *   destroy   forgets the session, so that no descriptor number outlives it.
+ *
+ * pyfuse3 has one session a process and one thread that receives. The callbacks and the device are used under the GIL. The request, the spin
+ * and the counts are the receiver's, which has no GIL while it spins; another thread may read a count that is one behind, nothing else.
+ */
+#define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "_lane.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <link.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define INTERPOSED __attribute__((visibility("default")))
+
+struct fuse_session;
+struct fuse_buf {                            /* libfuse 3.0; later versions append fields that only libfuse's own receive uses */
+	size_t size;
+	int flags;
+	void *mem;
+	int fd;
+	off_t pos;
+};
+
+INTERPOSED int fuse_session_receive_buf(struct fuse_session *, struct fuse_buf *);
+INTERPOSED void fuse_session_process_buf(struct fuse_session *, const struct fuse_buf *);
+INTERPOSED void fuse_session_destroy(struct fuse_session *);
+
+enum {
+	FIRST_CAPACITY = 128 << 10,          /* until INIT says how long a WRITE can be; the kernel refuses to fill less than 8 KiB */
+	MOST_CAPACITY = 64 << 20,
+	SLACK = 8192,                        /* headers, and the page the lane leaves free before its data */
+	ZEROED = 256,                        /* after a request: a name that lost its NUL ends there */
+	BODY_SHOWN = 128,
+	FATTR_FH = 1 << 6,
+};
+/* Microseconds. SPIN is longer than a client needs from one reply to its next request; TURN is how long the lane may keep the loop's other
+ * tasks waiting; requests less than BUSY apart are a client at work. */
+static const double SPIN = 60, TURN = 1000, BUSY = 4 * 60;
+
+static struct {
+	int device;                          /* -1: no session has received yet */
+	struct request now;
+	size_t wanted_capacity;
+	bool idle, active;
+	double spin, last_request;
+	uint64_t requests[OPCODES];
+	bool is_extra[OPCODES];
+	PyObject *on_init, *on_interrupt;
+} wire = { .device = -1, .wanted_capacity = FIRST_CAPACITY };
+
+/* ---- libfuse's own functions ---- */
+
+static struct {
+	void (*process_buf)(struct fuse_session *, const struct fuse_buf *);
+	void (*destroy)(struct fuse_session *);
+	int (*fd)(struct fuse_session *);
+	void (*exit)(struct fuse_session *);
+} libfuse;
+
+struct names {
+	char **list;
+	size_t count;
+};
+
+static int collect_name(struct dl_phdr_info *object, size_t size, void *result)
+{
+	struct names *names = result;
+	char **longer = realloc(names->list, (names->count + 1) * sizeof *longer);
+
+	(void)size;
+	if (!longer)
+		return 1;
+	names->list = longer;
+	if (object->dlpi_name && *object->dlpi_name && (longer[names->count] = strdup(object->dlpi_name)))
+		names->count++;
+	return 0;
+}
+
+/* dlsym gives void pointers; ISO C wants the detour to a function pointer. */
+static bool load(void *object, const char *name, void *function)
+{
+	void *symbol = dlsym(object, name);
+	memcpy(function, &symbol, sizeof symbol);
+	return symbol != NULL;
+}
+
+/* fuse_session_fd exists in libfuse 3 only, so an old libfuse 2 in the process is passed over. */
+static bool load_from(const char *name)
+{
+	void *object = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+	if (!object)
+		return false;
+	bool found = load(object, "fuse_session_process_buf", &libfuse.process_buf) && libfuse.process_buf != fuse_session_process_buf
+		&& load(object, "fuse_session_destroy", &libfuse.destroy) && load(object, "fuse_session_fd", &libfuse.fd)
+		&& load(object, "fuse_session_exit", &libfuse.exit);
+	if (!found)
+		libfuse.fd = NULL;
+	dlclose(object);
+	return found;
+}
+
+/* Names first, dlopen afterwards: inside dl_iterate_phdr it would take the loader's two locks in the wrong order. */
+static bool libfuse_is_found(void)
+{
+	struct names names = { NULL, 0 };
+
+	if (libfuse.fd)
+		return true;
+	dl_iterate_phdr(collect_name, &names);
+	for (size_t i = 0; i < names.count; i++) {
+		if (!libfuse.fd)
+			load_from(names.list[i]);
+		free(names.list[i]);
+	}
+	free(names.list);
+	return libfuse.fd != NULL;
+}
+
+/* ---- receive ---- */
+
+static bool prepare(int device)
+{
+	if (wire.device != device) {
+		cpu_set_t cpus;
+		bool alone = sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) == 1;
+		wire.device = device;
+		wire.spin = alone ? 0 : SPIN;        /* on the only processor, spinning keeps the client from running */
+		fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK);         /* so that read() is the poll as well */
+	}
+	if (!wire.now.mem || wire.now.capacity < wire.wanted_capacity) {
+		free(wire.now.mem);
+		wire.now = (struct request){ malloc(wire.wanted_capacity + ZEROED), 0, wire.wanted_capacity };
+	}
+	wire.active = true;
+	return wire.now.mem != NULL;
+}
+
+static void pause_briefly(void)
+{
+	for (volatile int i = 0; i < 64; i++)
+		;
+}
+
+/* The size of the next request, 0 when the mount is gone, -EINTR when none came while it was worth spinning, else another -errno. */
+static ssize_t next_request(int device, double *spin)
+{
+	double begin = monotonic_us(), time = begin;
+
+	for (;;) {
+		ssize_t n = read(device, wire.now.mem, wire.now.capacity);
+		time = monotonic_us();
+		if (n >= (ssize_t)sizeof(struct in_header)) {
+			if (time - wire.last_request < BUSY && *spin > 0)
+				*spin = SPIN;
+			wire.last_request = time;
+			return n;
+		}
+		if (n == 0 || (n < 0 && errno == ENODEV))
+			return 0;
+		if (n > 0 || errno == ENOENT)        /* not a request at all, or one that was taken back while it was read */
+			continue;
+		if (errno != EAGAIN)
+			return -errno;
+		if (time - begin >= *spin) {
+			wire.idle = true;
+			if (*spin > 1)
+				*spin /= 2;          /* clients that come rarely are not worth the whole wait; BUSY ones restore it */
+			return -EINTR;
+		}
+		pause_briefly();
+	}
+}
+
+static ssize_t receive(int device)
+{
+	double begin = monotonic_us();
+
+	for (;;) {
+		ssize_t n = next_request(device, &wire.spin);
+		if (n <= 0)
+			return n;
+		wire.now.size = (size_t)n;
+		memset(wire.now.mem + n, 0, ZEROED);
+		uint32_t opcode = header_of(&wire.now)->opcode;
+		wire.requests[opcode < OPCODES ? opcode : 0]++;
+		if (!lane_answer(device, &wire.now))
+			return n;
+		wire.now.size = 0;
+		if (!wire.now.mem && !(wire.now.mem = malloc(wire.now.capacity + ZEROED)))
+			return -ENOMEM;
+		if (wire.last_request - begin > TURN)
+			return -EINTR;
+	}
+}
+
+/* The buffer is one for all of pyfuse3's tasks: nothing of a request is used after process_buf, which takes it back from the task. */
+int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
+{
+	if (!libfuse_is_found())
+		return -ENOSYS;
+	int device = libfuse.fd(se);
+	if (!prepare(device))
+		return -ENOMEM;
+	wire.idle = false;
+	wire.now.size = 0;
+	PyThreadState *gil = PyEval_SaveThread();
+	ssize_t n = receive(device);
+	PyEval_RestoreThread(gil);
+	if (n > 0)
+		*buf = (struct fuse_buf){ .size = (size_t)n, .mem = wire.now.mem, .fd = -1 };
+	else if (n == 0)
+		libfuse.exit(se);
+	return (int)n;
+}
+
+/* ---- process ---- */
+
+static uint32_t get32(const char *at)
+{
+	uint32_t value;
+	memcpy(&value, at, sizeof value);
+	return value;
+}
+
+/* The kernel fixes the size of a WRITE in INIT; the next receive makes room for it. */
+static void note_max_write(const char *reply, Py_ssize_t size)
+{
+	enum { MAX_WRITE_AT = sizeof(struct out_header) + 20 };
+	if (size < MAX_WRITE_AT + 4)
+		return;
+	size_t wanted = (size_t)get32(reply + MAX_WRITE_AT) + SLACK;
+	if (wanted > wire.wanted_capacity && wanted <= MOST_CAPACITY)
+		wire.wanted_capacity = wanted;
+}
+
+static void send_init_reply(int device, const char *reply, Py_ssize_t size)
+{
+	note_max_write(reply, size);
+	if (write(device, reply, (size_t)size) < 0)
+		PyErr_Clear();               /* refused or aborted: the kernel ends the mount, and the next read says so */
+}
+
+static void change_and_send(int device, const struct fuse_buf *buf, const char *reply, Py_ssize_t size)
+{
+	PyObject *changed = PyObject_CallFunction(wire.on_init, "y#y#", (char *)buf->mem, (Py_ssize_t)buf->size, reply, size);
+	char *bytes;
+	Py_ssize_t length;
+
+	if (changed && PyBytes_AsStringAndSize(changed, &bytes, &length) == 0) {
+		send_init_reply(device, bytes, length);
+	} else {
+		PyErr_WriteUnraisable(wire.on_init);
+		send_init_reply(device, reply, size);
+	}
+	Py_XDECREF(changed);
+}
+
+/* libfuse answers INIT on the session's descriptor and nowhere else, so that number is, for the one call, a socket of ours. The device stays
+ * open under another number meanwhile: no poller loses it, and this thread is the only one that answers before INIT is done. */
+static bool answer_init(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	int device = libfuse.fd(se), pair[2], kept = fcntl(device, F_DUPFD_CLOEXEC, 3), flags = fcntl(device, F_GETFD);
+	char reply[4096];
+
+	if (kept < 0)
+		return false;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
+		close(kept);
+		return false;
+	}
+	bool redirected = dup3(pair[1], device, O_CLOEXEC) >= 0;
+	if (redirected) {
+		libfuse.process_buf(se, buf);
+		while (dup2(kept, device) < 0 && (errno == EINTR || errno == EBUSY))
+			;
+		fcntl(device, F_SETFD, flags);
+		ssize_t n = recv(pair[0], reply, sizeof reply, MSG_DONTWAIT);
+		if (n > 0)
+			change_and_send(device, buf, reply, n);
+	}
+	close(kept);
+	close(pair[0]);
+	close(pair[1]);
+	return redirected;
+}
+
+/* Offset of the file handle in the body, or -1. */
+static int handle_at(uint32_t opcode, const char *body, size_t size)
+{
+	switch (opcode) {
+	case OP_READ: case OP_WRITE: case OP_RELEASE: case OP_FSYNC: case OP_FLUSH:
+	case OP_READDIR: case OP_READDIRPLUS: case OP_RELEASEDIR: case OP_FSYNCDIR:
+		return 0;
+	case OP_SETATTR:
+		return size >= 4 && get32(body) & FATTR_FH ? 8 : -1;
+	default:
+		return -1;
+	}
+}
+
+/* With zero-message open there is no handle, and a handle tells pyfuse3's handlers no node; so each handle they see is the node's number. */
+static void put_node_for_handle(const struct in_header *head, char *body, size_t size)
+{
+	int at = handle_at(head->opcode, body, size);
+	if (at >= 0 && (size_t)at + 8 <= size)
+		memcpy(body + at, &head->nodeid, 8);
+}
+
+static void process_as_read(struct fuse_session *se, const struct in_header *head)
+{
+	struct { struct in_header head; struct read_in read; } read = { *head, { 0 } };
+	struct { struct fuse_buf buf; size_t appended_by_later_versions[8]; } small = { { sizeof read, 0, &read, -1, 0 }, { 0 } };
+
+	read.head.len = sizeof read;
+	read.head.opcode = OP_READ;
+	read.head.extensions = 0;
+	libfuse.process_buf(se, &small.buf);
+}
+
+/* True if Python has dealt with it and libfuse, which never saw the request it is about, should not. */
+static bool interrupted(const char *body, size_t size)
+{
+	uint64_t unique;
+
+	if (!wire.on_interrupt || size < sizeof unique)
+		return false;
+	memcpy(&unique, body, sizeof unique);
+	PyObject *done = PyObject_CallFunction(wire.on_interrupt, "K", (unsigned long long)unique);
+	if (!done)
+		PyErr_WriteUnraisable(wire.on_interrupt);
+	bool is_ours = done && PyObject_IsTrue(done) == 1;
+	Py_XDECREF(done);
+	return is_ours;
+}
+
+static void process(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct in_header *head = buf->mem;
+	char *body = (char *)buf->mem + sizeof *head;
+	size_t size = buf->size - sizeof *head;
+
+	if (head->opcode == OP_INIT && wire.on_init && answer_init(se, buf))
+		return;
+	if (head->opcode == OP_INTERRUPT && interrupted(body, size))
+		return;
+	if (head->opcode < OPCODES && wire.is_extra[head->opcode]) {
+		process_as_read(se, head);
+		return;
+	}
+	put_node_for_handle(head, body, size);
+	libfuse.process_buf(se, buf);
+}
+
+void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	if (!libfuse_is_found())
+		return;
+	bool is_ours = buf->mem && buf->mem == wire.now.mem;
+	if (is_ours)
+		process(se, buf);
+	else
+		libfuse.process_buf(se, buf);
+	if (is_ours)
+		((struct fuse_buf *)buf)->mem = NULL;        /* pyfuse3 frees what its task's buffer points to when the task ends */
+}
+
+/* ---- destroy ---- */
+
+void fuse_session_destroy(struct fuse_session *se)
+{
+	lane_lock();
+	lane_clear();
+	lane_unlock();
+	free(wire.now.mem);
+	Py_CLEAR(wire.on_init);
+	Py_CLEAR(wire.on_interrupt);
+	memset(&wire, 0, sizeof wire);
+	wire.device = -1;
+	wire.wanted_capacity = FIRST_CAPACITY;
+	if (libfuse_is_found())
+		libfuse.destroy(se);
+}
+
+/* ---- what Python calls ---- */
+
+static void lock_lane(void)
+{
+	if (lane_try_lock())
+		return;
+	Py_BEGIN_ALLOW_THREADS               /* the receiver is using a descriptor, and may need the GIL before it is done */
+	lane_lock();
+	Py_END_ALLOW_THREADS
+}
+
+static PyObject *none_or_memory_error(int result)
+{
+	if (result < 0)
+		return PyErr_NoMemory();
+	Py_RETURN_NONE;
+}
+
+static PyObject *serve(PyObject *self, PyObject *args)
+{
+	PyObject *init, *interrupt, *opcodes, *each, *item;
+	bool is_extra[OPCODES] = { false };
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "OOO", &init, &interrupt, &opcodes) || !(each = PyObject_GetIter(opcodes)))
+		return NULL;
+	while ((item = PyIter_Next(each))) {
+		long opcode = PyLong_AsLong(item);
+		Py_DECREF(item);
+		if (opcode < 0 || opcode >= OPCODES) {
+			if (!PyErr_Occurred())
+				PyErr_Format(PyExc_ValueError, "no such opcode: %ld", opcode);
+			break;
+		}
+		is_extra[opcode] = true;
+	}
+	Py_DECREF(each);
+	if (PyErr_Occurred())
+		return NULL;
+	PyObject *old_init = wire.on_init, *old_interrupt = wire.on_interrupt;
+	wire.on_init = init == Py_None ? NULL : Py_NewRef(init);
+	wire.on_interrupt = interrupt == Py_None ? NULL : Py_NewRef(interrupt);
+	memcpy(wire.is_extra, is_extra, sizeof is_extra);
+	Py_XDECREF(old_init);
+	Py_XDECREF(old_interrupt);
+	Py_RETURN_NONE;
+}
+
+static PyObject *current(size_t limit)
+{
+	if (wire.now.size < sizeof(struct in_header)) {
+		PyErr_SetString(PyExc_LookupError, "no request is being handled");
+		return NULL;
+	}
+	const struct in_header *h = header_of(&wire.now);
+	size_t size = body_size(&wire.now);
+	return Py_BuildValue("IKKIIIy#", h->opcode, (unsigned long long)h->unique, (unsigned long long)h->nodeid, h->uid, h->gid, h->pid,
+		body_of(&wire.now), (Py_ssize_t)(size < limit ? size : limit));
+}
+
+static PyObject *request(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return current(BODY_SHOWN);
+}
+
+static PyObject *whole_request(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return current(SIZE_MAX);
+}
+
+static PyObject *lane(PyObject *self, PyObject *args)
+{
+	unsigned long long node;
+	int read_fd, write_fd;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "Kii", &node, &read_fd, &write_fd))
+		return NULL;
+	lock_lane();
+	int result = lane_set(node, read_fd, write_fd);
+	lane_unlock();
+	return none_or_memory_error(result);
+}
+
+static PyObject *no_xattr(PyObject *self, PyObject *args)
+{
+	unsigned long long node;
+	int absent;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "Kp", &node, &absent))
+		return NULL;
+	lock_lane();
+	int result = lane_set_no_xattr(node, absent);
+	lane_unlock();
+	return none_or_memory_error(result);
+}
+
+static PyObject *written(PyObject *self, PyObject *args)
+{
+	unsigned long long node = 0;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "|K", &node))
+		return NULL;
+	lock_lane();
+	bool was = lane_take_written(node);
+	lane_unlock();
+	return PyBool_FromLong(was);
+}
+
+static PyObject *requests_by_opcode(void)
+{
+	PyObject *result = PyDict_New();
+
+	for (int i = 0; result && i < OPCODES; i++) {
+		if (!wire.requests[i])
+			continue;
+		PyObject *opcode = PyLong_FromLong(i), *count = PyLong_FromUnsignedLongLong(wire.requests[i]);
+		if (!opcode || !count || PyDict_SetItem(result, opcode, count) < 0)
+			Py_CLEAR(result);
+		Py_XDECREF(opcode);
+		Py_XDECREF(count);
+	}
+	return result;
+}
+
+static PyObject *counts(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	lock_lane();
+	struct lane_counts c = lane_counts();
+	size_t nodes = lane_nodes();
+	lane_unlock();
+	PyObject *requests = requests_by_opcode();
+	if (!requests)
+		return NULL;
+	return Py_BuildValue("N{s:K,s:K,s:K,s:K,s:K,s:K,s:n}", requests, "reads", c.reads, "writes", c.writes, "xattrs", c.xattrs,
+		"isattys", c.isattys, "queued_reads", c.queued_reads, "queued_writes", c.queued_writes, "nodes", (Py_ssize_t)nodes);
+}
+
+static PyObject *is_idle(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return PyBool_FromLong(wire.idle || !wire.active);
+}
+
+static PyObject *is_active(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return PyBool_FromLong(wire.active);
+}
+
+/* The main program's scope holds what was loaded RTLD_GLOBAL, in order; pyfuse3, loaded later, looks there first. */
+static PyObject *is_interposed(PyObject *self, PyObject *unused)
+{
+	void (*first)(struct fuse_session *, const struct fuse_buf *) = NULL;
+	void *program = dlopen(NULL, RTLD_LAZY);
+
+	(void)self, (void)unused;
+	if (program) {
+		load(program, "fuse_session_process_buf", &first);
+		dlclose(program);
+	}
+	return PyBool_FromLong(first == fuse_session_process_buf);
+}
+
+static PyObject *finds_libfuse(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return PyBool_FromLong(libfuse_is_found());
+}
+
+/* ---- notifications ---- */
+
+enum { NOTIFY_INVAL_INODE = 2, NOTIFY_INVAL_ENTRY = 3, NOTIFY_PRUNE = 9 };
+
+/* A duplicate, taken under the GIL as destroy runs under it: the number cannot become another file's while the GIL is released. The write
+ * may wait for requests about the same inode, and so must not be made by the thread that answers them. */
+static PyObject *notify(int code, const void *fixed, size_t fixed_size, const void *tail, size_t tail_size)
+{
+	int device = wire.device < 0 ? -1 : fcntl(wire.device, F_DUPFD_CLOEXEC, 3);
+	struct out_header head = { (uint32_t)(sizeof head + fixed_size + tail_size), code, 0 };
+	struct iovec iov[3] = { { &head, sizeof head }, { (void *)fixed, fixed_size }, { (void *)tail, tail_size } };
+	ssize_t n;
+	int error;
+
+	if (device < 0) {
+		errno = wire.device < 0 ? ENOTCONN : errno;
+		return PyErr_SetFromErrno(PyExc_OSError);
+	}
+	Py_BEGIN_ALLOW_THREADS
+	n = writev(device, iov, 3);
+	error = errno;
+	close(device);
+	Py_END_ALLOW_THREADS
+	if (n < 0) {
+		errno = error;
+		return PyErr_SetFromErrno(PyExc_OSError);
+	}
+	Py_RETURN_NONE;
+}
+
+static PyObject *notify_inval_inode(PyObject *self, PyObject *args)
+{
+	unsigned long long node;
+	long long offset, length;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "KLL", &node, &offset, &length))
+		return NULL;
+	struct { uint64_t node; int64_t offset, length; } body = { node, offset, length };
+	return notify(NOTIFY_INVAL_INODE, &body, sizeof body, NULL, 0);
+}
+
+static PyObject *notify_inval_entry(PyObject *self, PyObject *args)
+{
+	unsigned long long parent;
+	const char *name;
+	Py_ssize_t length;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "Ky#", &parent, &name, &length))
+		return NULL;
+	if (length > 255 || memchr(name, 0, (size_t)length)) {
+		PyErr_SetString(PyExc_ValueError, "not a file name");
+		return NULL;
+	}
+	struct { uint64_t parent; uint32_t length, flags; } body = { parent, (uint32_t)length, 0 };
+	return notify(NOTIFY_INVAL_ENTRY, &body, sizeof body, name, (size_t)length + 1);     /* bytes objects end with a NUL */
+}
+
+static PyObject *notify_prune(PyObject *self, PyObject *nodes)
+{
+	PyObject *list = PySequence_List(nodes), *result = NULL;
+
+	(void)self;
+	if (!list)
+		return NULL;
+	Py_ssize_t count = PyList_Size(list);
+	uint64_t *ids = malloc((size_t)count * sizeof *ids + 1);
+	for (Py_ssize_t i = 0; ids && i < count && !PyErr_Occurred(); i++)
+		ids[i] = PyLong_AsUnsignedLongLong(PyList_GetItem(list, i));
+	struct { uint32_t count, padding; uint64_t spare; } body = { (uint32_t)count, 0, 0 };
+	if (!ids)
+		PyErr_NoMemory();
+	else if (!PyErr_Occurred())
+		result = notify(NOTIFY_PRUNE, &body, sizeof body, ids, (size_t)count * sizeof *ids);
+	free(ids);
+	Py_DECREF(list);
+	return result;
+}
+
+static PyMethodDef methods[] = {          /* documented in _wire.pyi */
+	{ "serve", serve, METH_VARARGS, NULL },
+	{ "request", request, METH_NOARGS, NULL },
+	{ "whole_request", whole_request, METH_NOARGS, NULL },
+	{ "lane", lane, METH_VARARGS, NULL },
+	{ "no_xattr", no_xattr, METH_VARARGS, NULL },
+	{ "written", written, METH_VARARGS, NULL },
+	{ "counts", counts, METH_NOARGS, NULL },
+	{ "is_idle", is_idle, METH_NOARGS, NULL },
+	{ "is_active", is_active, METH_NOARGS, NULL },
+	{ "is_interposed", is_interposed, METH_NOARGS, NULL },
+	{ "finds_libfuse", finds_libfuse, METH_NOARGS, NULL },
+	{ "notify_inval_inode", notify_inval_inode, METH_VARARGS, NULL },
+	{ "notify_inval_entry", notify_inval_entry, METH_VARARGS, NULL },
+	{ "notify_prune", notify_prune, METH_O, NULL },
+	{ NULL, NULL, 0, NULL },
+};
+
+static struct PyModuleDef module = { PyModuleDef_HEAD_INIT, "_wire", NULL, -1, methods, NULL, NULL, NULL, NULL };
+
+PyMODINIT_FUNC PyInit__wire(void)
+{
+	return PyModule_Create(&module);
+}

@@ -1,0 +1,84 @@
+"""The C extension that completes pyfuse3 from outside. Import it through `pyoverlay.fuse.binding`, which may find none.
+
+A *node* is the kernel's number of an inode, which with pyfuse3 is `st_ino`. All functions may be called from any thread, except
+`request` and `whole_request`, which belong to the task that handles the request.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict
+
+class LaneCounts(TypedDict):
+    """What needed no Python: requests answered by the receiver, requests given to C threads, and nodes registered now."""
+
+    reads: int
+    writes: int
+    xattrs: int
+    isattys: int
+    queued_reads: int
+    queued_writes: int
+    nodes: int
+
+def serve(
+    init: Callable[[bytes, bytes], bytes] | None,
+    interrupt: Callable[[int], bool] | None,
+    opcodes: Iterable[int],
+    /,
+) -> None:
+    """Say what Python wants of the next session, before it is mounted; forgotten when pyfuse3 closes it.
+
+    `init` gets INIT as the kernel sent it and the reply of libfuse, both with their headers, and returns the reply that is sent.
+    `interrupt` gets the `unique` of a request whose caller has been killed; True keeps the message from libfuse.
+    A request whose opcode is in `opcodes` calls pyfuse3's `read(fh=0, off=0, size=0)`: the handler finds the real one by
+    `whole_request()`, and what it returns is the body of the reply. ValueError: an opcode below 0 or above 63.
+    """
+
+def request() -> tuple[int, int, int, int, int, int, bytes]:
+    """Opcode, unique, node, uid, gid, pid and the first 128 bytes of the body of the request being handled.
+
+    Valid until the handler first suspends. LookupError: there is none.
+    """
+
+def whole_request() -> tuple[int, int, int, int, int, int, bytes]:
+    """The same with the whole body."""
+
+def lane(node: int, read_fd: int, write_fd: int, /) -> None:
+    """From now on answer READ of `node` from `read_fd` and WRITE by `write_fd`, in C; -1 is none, and leaves them to Python.
+
+    The call waits while the receiver uses the node's descriptors: when it returns, what was registered before may be closed. Requests
+    given to C threads use duplicates. WRITE goes to Python all the same if the caller's writing must take suid or sgid away; `write_fd`
+    must therefore carry the node's real mode.
+    """
+
+def no_xattr(node: int, absent: bool, /) -> None:
+    """With `absent`, answer ENODATA for the node's ACLs and security.capability in C, until called with False."""
+
+def written(node: int = 0, /) -> bool:
+    """Whether `node` (0: any node) was written through the lane since this was last asked."""
+
+def counts() -> tuple[dict[int, int], LaneCounts]:
+    """Requests received in this session by opcode, and those the lane answered. Reply-less FORGETs count as well."""
+
+def is_idle() -> bool:
+    """Whether the last receive waited in vain, so that the loop should sleep until the device is readable."""
+
+def is_active() -> bool:
+    """Whether pyfuse3 has received through this module since the session began."""
+
+def is_interposed() -> bool:
+    """Whether what is loaded from now on binds to this module."""
+
+def finds_libfuse() -> bool:
+    """Whether libfuse's own functions are found among the loaded libraries."""
+
+def notify_inval_inode(node: int, offset: int, length: int, /) -> None:
+    """Write back and drop the kernel's cached data of `node`; a negative offset drops its attributes only.
+
+    The notifications wait for requests in flight: never call one on the thread that serves. OSError: ENOENT if the kernel does not know
+    the node, ENOTCONN if nothing is mounted.
+    """
+
+def notify_inval_entry(parent: int, name: bytes, /) -> None:
+    """Drop the kernel's entry `name` of the directory `parent`. OSError as above; ValueError: not a file name."""
+
+def notify_prune(nodes: Sequence[int], /) -> None:
+    """Ask the kernel to forget `nodes` that nobody uses (protocol 7.45). OSError EINVAL: an older kernel."""

@@ -1,0 +1,385 @@
+"""FUSE requests to core calls and back. A handler translates, awaits a copy-up where one is due, calls core once, and translates the answer.
+
+Handlers run straight through on the loop: two can interleave only at an await, and the only awaits are for a copy-up's data, an fsync, and a read that is
+not in the page cache. What is true before such an await is looked up again after it.
+
+A file handle is the node id: descriptors belong to inodes, not to opens. So an open costs nothing, copy-up happens at the first write and not at the open for
+writing, and a descriptor opened before a copy-up reads what is written after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import trio
+
+from pyoverlay.core import attributes, change, copyup
+from pyoverlay.core import rename as renaming
+from pyoverlay.core.change import Caller
+from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.policy import Fsync
+from pyoverlay.core.view import View
+from pyoverlay.fuse.binding import pyfuse3
+
+log = logging.getLogger(__name__)
+
+FOREVER = 1e9  # seconds that the kernel may believe an answer: this mount is the only writer
+_INLINE_COPY = 256 << 10  # bytes copied up on the loop when nothing has to reach the disk first: a thread costs more
+_DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
+
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+
+def handler(method: Method) -> Method:
+    """An OSError becomes its errno. Any other exception is our bug: EIO for this request, one log entry, and the mount goes on.
+
+    With plain pyfuse3 it would end the session.
+    """
+
+    @functools.wraps(method)
+    async def answer(self: Operations, *arguments: Any) -> Any:
+        try:
+            return await method(self, *arguments)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except pyfuse3.FUSEError:
+            raise
+        except Exception:  # noqa: BLE001 - one request must not end the mount
+            log.exception("%s failed", method.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            self.view.trim()
+
+    return answer  # type: ignore[return-value] # the same signature, by functools.wraps
+
+
+class UnderWay:
+    """A copy-up whose data is on the way: what waits for it, and what its own request, by number, may cancel."""
+
+    __slots__ = ("copy", "done", "request")
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        self.done = trio.Event()
+        self.copy: copyup.Copy | None = None
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers of one mount. Names and signatures are pyfuse3's."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, view: View) -> None:
+        super().__init__()
+        self.view = view
+        self._copying: dict[Inode, UnderWay] = {}  # copy-ups whose data is on the way
+        policy = view.policy
+        self._squash = (policy.squash_uid, policy.squash_gid) if (policy.squash_uid, policy.squash_gid) != (None, None) else None
+        self._nothing = pyfuse3.EntryAttributes()
+        self._nothing.st_ino = 0
+        self._nothing.entry_timeout = FOREVER
+
+    # -- translation
+
+    def _entry(self, inode: Inode, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode.ino
+        entry.entry_timeout = FOREVER
+        entry.attr_timeout = FOREVER
+        entry.st_mode = st.st_mode
+        entry.st_nlink = self.view.nlink(inode, st)
+        entry.st_uid = st.st_uid
+        entry.st_gid = st.st_gid
+        entry.st_rdev = st.st_rdev
+        entry.st_size = st.st_size
+        entry.st_blocks = st.st_blocks
+        if not st.st_blocks and st.st_size and inode.is_regular:
+            # Delayed allocation: the data is there. With 0 blocks `tar -S` would take the file for one hole.
+            entry.st_blocks = 1
+        entry.st_blksize = st.st_blksize
+        entry.st_atime_ns = st.st_atime_ns
+        entry.st_mtime_ns = st.st_mtime_ns
+        entry.st_ctime_ns = st.st_ctime_ns
+        if self._squash is not None:
+            uid, gid = self._squash
+            entry.st_uid = st.st_uid if uid is None else uid
+            entry.st_gid = st.st_gid if gid is None else gid
+        return entry
+
+    def _looked_up(self, inode: Inode, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        """As _entry, in an answer that gives the kernel a reference."""
+        entry = self._entry(inode, st)
+        inode.nlookup += 1
+        return entry
+
+    def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
+        if self._squash is not None:
+            return Caller(os.geteuid(), os.getegid(), ctx.umask)
+        return Caller(ctx.uid, ctx.gid, ctx.umask)
+
+    # -- copy-up
+
+    async def _copy_up(self, inode: Inode, size: int | None = None, request: int | None = None) -> None:
+        """The object in the upper. Who meets a copy-up under way waits for it. size: no more of the data is wanted."""
+        if inode.in_upper:
+            return
+        request = self._request() if request is None else request
+        while (other := self._copying.get(inode)) is not None:
+            await other.done.wait()
+        if inode.in_upper:
+            return
+        if not inode.is_regular:
+            copyup.copy_up(self.view, inode)
+            return
+        this = self._copying[inode] = UnderWay(request)
+        try:
+            with copyup.prepare(self.view, inode, size) as this.copy:
+                if this.copy.size <= _INLINE_COPY and self.view.policy.fsync is Fsync.VOLATILE:
+                    copyup.fill(this.copy)
+                else:
+                    await trio.to_thread.run_sync(copyup.fill, this.copy)
+                copyup.publish(self.view, this.copy)
+        finally:
+            del self._copying[inode]
+            this.done.set()
+
+    def _request(self) -> int:
+        """The number of the request being handled, where it is known; to be asked before the first await."""
+        return 0
+
+    async def _copied_up(self, ino: int) -> Inode:
+        inode = self.view.inode(ino)
+        if not inode.in_upper:
+            await self._copy_up(inode)
+        return inode
+
+    # -- look-up and attributes
+
+    @handler
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        found = self.view.lookup(self.view.directory(parent_inode), name)
+        return self._looked_up(*found) if found is not None else self._nothing
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for ino, nlookup in inode_list:
+            self.view.forget(ino, nlookup)
+
+    @handler
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        known = self.view.inode(inode)
+        return self._entry(known, self.view.stat(known))
+
+    @handler
+    async def setattr(
+        self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        known = self.view.inode(inode)
+        wanted = attributes.Wanted(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        await self._copy_up(known, wanted.size)
+        return self._entry(known, attributes.setattr(self.view, known, wanted))
+
+    @handler
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self.view.readlink(self.view.inode(inode))
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        real = self.view.statfs()
+        data = pyfuse3.StatvfsData()
+        for field in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"):
+            setattr(data, field, getattr(real, field))
+        return data
+
+    @handler
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return True  # the kernel has checked: default_permissions
+
+    # -- extended attributes
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self.view.getxattr(self.view.inode(inode), name)
+
+    @handler
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return self.view.listxattr(self.view.inode(inode))
+
+    @handler
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        attributes.setxattr(self.view, await self._copied_up(inode), name, value)
+
+    @handler
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self.view.getxattr(self.view.inode(inode), name)  # ENODATA copies nothing up
+        attributes.removexattr(self.view, await self._copied_up(inode), name)
+
+    # -- names
+
+    @handler
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._looked_up(*change.mknod(self.view, self.view.directory(parent_inode), name, mode, rdev, self._caller(ctx)))
+
+    @handler
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._looked_up(*change.mkdir(self.view, self.view.directory(parent_inode), name, mode, self._caller(ctx)))
+
+    @handler
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._looked_up(*change.symlink(self.view, self.view.directory(parent_inode), name, target, self._caller(ctx)))
+
+    @handler
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        known = await self._copied_up(inode)
+        return self._looked_up(known, change.link(self.view, known, self.view.directory(new_parent_inode), new_name))
+
+    @handler
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        change.unlink(self.view, self.view.directory(parent_inode), name)
+
+    @handler
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        change.rmdir(self.view, self.view.directory(parent_inode), name)
+
+    @handler
+    async def rename(
+        self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int, ctx: pyfuse3.RequestContext
+    ) -> None:
+        old_parent, new_parent = self.view.directory(parent_inode_old), self.view.directory(parent_inode_new)
+        request = self._request()
+        sides = [(old_parent, name_old)]
+        if flags & pyfuse3.RENAME_EXCHANGE:
+            sides.append((new_parent, name_new))
+        for parent, name in sides:
+            found = self.view.lookup(parent, name)
+            if found is not None and found[0].is_regular:
+                await self._copy_up(found[0], request=request)
+        renaming.rename(self.view, old_parent, name_old, new_parent, name_new, flags)
+
+    # -- files
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        known = self.view.inode(inode)
+        if flags & os.O_TRUNC:
+            await self._copy_up(known, 0)
+            attributes.setattr(self.view, known, attributes.Wanted(size=0))
+            if ctx.uid:
+                attributes.drop_privileges_of(self.view, known)  # the kernel sends no SETATTR for this one
+        else:
+            self.view.data_fd(known)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @handler
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        inode, st = change.create(self.view, self.view.directory(parent_inode), name, mode, self._caller(ctx))
+        return pyfuse3.FileInfo(fh=inode.ino, keep_cache=True), self._looked_up(inode, st)
+
+    @handler
+    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:
+        inode = self.view.inode(fh)
+        fd = self.view.data_fd(inode)
+        data = bytearray(size)
+        filled = 0
+        try:
+            while filled < size:
+                got = os.preadv(fd, [memoryview(data)[filled:]], off + filled, os.RWF_NOWAIT)
+                if not got:
+                    break
+                filled += got
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+            return await self._read_from_disk(inode, fd, off, size)
+        return data if filled == size else data[:filled]
+
+    async def _read_from_disk(self, inode: Inode, fd: int, off: int, size: int) -> bytes:
+        """In a thread: one cold page or one slow server must not stop everybody."""
+        inode.pins += 1
+        try:
+            return await trio.to_thread.run_sync(os.pread, fd, size, off)
+        finally:
+            inode.pins -= 1
+
+    @handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        inode = self.view.inode(fh)
+        if not inode.in_upper:
+            await self._copy_up(inode)
+        return attributes.write(self.view, inode, buf, off)
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        if self.view.policy.fsync is not Fsync.STRICT:
+            raise pyfuse3.FUSEError(errno.ENOSYS)  # and the kernel never asks again
+        await self._sync(self.view.inode(fh), datasync=False)
+
+    async def release(self, fh: int) -> None:
+        """Descriptors belong to inodes."""
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._sync(self.view.inode(fh), datasync=datasync)
+
+    async def _sync(self, inode: Inode, *, datasync: bool) -> None:
+        """Durable when it returns. What is still a lower's alone is so already."""
+        if not inode.in_upper or self.view.policy.fsync is Fsync.VOLATILE:
+            return
+        if isinstance(inode, Directory):
+            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.view.upper_fd(inode))
+        else:
+            fd = os.dup(self.view.data_fd(inode, write=True))
+        try:
+            await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
+        finally:
+            os.close(fd)
+
+    # -- directories
+
+    @handler
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        self.view.directory(inode)
+        return inode
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        directory = self.view.directory(fh)
+        listing = self.view.listing(directory)
+        if start_id < _DOT and not pyfuse3.readdir_reply(token, b".", self._entry(directory, self.view.stat(directory)), _DOT):
+            return
+        above = directory.parent or directory
+        if start_id < _DOTDOT and not pyfuse3.readdir_reply(token, b"..", self._entry(above, self.view.stat(above)), _DOTDOT):
+            return
+        for offset, name in listing.after(max(start_id, _DOTDOT)):
+            found = self.view.lookup(directory, name)
+            if found is None:
+                continue
+            inode, st = found
+            if not pyfuse3.readdir_reply(token, name, self._entry(inode, st), offset):
+                self.view.release(inode)
+                return
+            inode.nlookup += 1
+
+    async def releasedir(self, fh: int) -> None:
+        """Nothing was opened."""
+
+    @handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._sync(self.view.inode(fh), datasync=datasync)
+
+

@@ -1,0 +1,158 @@
+"""One FUSE session: open, mount, serve, unmount.
+
+The order is what keeps the daemon from waiting for itself: everything that opens a file or imports a module happens in `Session()`,
+before the directory is covered; `run` mounts and from then on passes no path to the kernel but the mount's own, from threads, while the
+loop serves. libfuse is handed a connection by number (`/dev/fd/N`), so that it touches no path either and mounting is ours
+(mountpoint.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import trio
+
+from pyoverlay.errors import NoPrivilege, Refusal, printable
+from pyoverlay.fuse import loop, opcodes
+from pyoverlay.fuse.binding import pyfuse3, wire
+from pyoverlay.fuse.capabilities import Wanted
+from pyoverlay.fuse.mountpoint import FUSE_DEVICE, MountOptions, MountPoint
+
+log = logging.getLogger(__name__)
+
+# trio 0.22 knows the first, 0.23 and later the second.
+_ABANDON = "cancellable" if "abandon_on_cancel" not in inspect.signature(trio.to_thread.run_sync).parameters else "abandon_on_cancel"
+
+# A second one of these ends the daemon at once.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Session:
+    """A connection to the kernel that serves `operations` at `point`.
+
+    stop_timeout: seconds that a mount that is told to end serves those who still use it. who_holds: asked for a line that names them;
+    it must pass no path to the kernel. Raises Refusal where /dev/fuse or libfuse refuses.
+    """
+
+    def __init__(
+        self, operations: pyfuse3.Operations, point: MountPoint, *, stop_timeout: float, who_holds: Callable[[], str]
+    ) -> None:
+        self._point = point
+        self._stop_timeout = stop_timeout
+        self._who_holds = who_holds
+        self._fd = open_fuse_device()
+        loop.install(wire)
+        if wire is not None:
+            opcodes.attach(operations, wire, Wanted())
+        with _libfuse_explains(point.path):
+            pyfuse3.init(operations, f"/dev/fd/{self._fd}", set())
+
+    def run(self, options: MountOptions, on_answer: Callable[[], None], *, stop_at: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
+        """Mount, call `on_answer` when the mount answers, serve until it is unmounted.
+
+        `stop_at`: the first of these signals unmounts, the second ends at once. Raises Refusal if it cannot be mounted; what is raised
+        by `on_answer` or by reading the connection comes out after the mount is gone.
+        """
+        # Not one of them may end the process between the mount and the receiver: that would leave a dead mount.
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_at)
+        try:
+            trio.run(self._run, options, on_answer, stop_at)
+        finally:
+            # Closing the connection first: whoever waits in the mount gets ENOTCONN, and nothing that follows can wait for us.
+            pyfuse3.close(unmount=False)
+            if self._point.is_mounted:
+                self._point.unmount(lazily=True)
+
+    async def _run(self, options: MountOptions, on_answer: Callable[[], None], stop_at: tuple[signal.Signals, ...]) -> None:
+        with trio.open_signal_receiver(*stop_at) as signals:
+            self._point.attach(self._fd, options)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_at)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._announce, on_answer)
+                nursery.start_soon(self._obey, signals, nursery)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
+
+    async def _announce(self, on_answer: Callable[[], None]) -> None:
+        await _in_thread(self._point.wait_for_answer)
+        on_answer()
+
+    async def _obey(self, signals: trio.abc.AsyncIterator[int], nursery: trio.Nursery) -> None:
+        is_leaving = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if is_leaving:
+                log.warning("%s again: ending at once", name)
+                pyfuse3.terminate()
+                return
+            log.info("%s: unmounting %s", name, printable(self._point.path))
+            is_leaving = True
+            nursery.start_soon(self._leave)
+
+    async def _leave(self) -> None:
+        """Unmount without losing what was accepted: dirty pages are written, as requests that are served, before the mount goes."""
+        try:
+            await _in_thread(self._point.sync)
+        except OSError as error:
+            log.error("dirty data of %s could not be written: %s", printable(self._point.path), error)
+        try:
+            await _in_thread(self._point.unmount)
+        except OSError as error:
+            await self._outlast_users(error)
+
+    async def _outlast_users(self, error: OSError) -> None:
+        log.warning(
+            "%s: %s; held by %s; detached, serving them for at most %.0f s",
+            printable(self._point.path), error.strerror, self._who_holds(), self._stop_timeout,
+        )  # fmt: skip
+        try:
+            await _in_thread(partial(self._point.unmount, lazily=True))
+        except OSError as failure:
+            log.error("%s: cannot be detached: %s", printable(self._point.path), failure.strerror)
+        with trio.move_on_after(self._stop_timeout):
+            await trio.sleep_forever()  # until the last user goes, which ends the session and this task
+        log.warning("%s: still in use after %.0f s: ending", printable(self._point.path), self._stop_timeout)
+        pyfuse3.terminate()
+
+
+def open_fuse_device() -> int:
+    """A descriptor of /dev/fuse, not connected to anything yet. Raises Refusal that says how to get there."""
+    try:
+        return os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise Refusal(FUSE_DEVICE, "no FUSE here", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
+    except PermissionError as error:
+        raise NoPrivilege(FUSE_DEVICE, "may not be opened", error.errno, "chmod 666 /dev/fuse, or add --device /dev/fuse") from error
+    except OSError as error:
+        raise Refusal(FUSE_DEVICE, "cannot be opened", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
+
+
+def _in_thread(function: Callable[[], None]) -> Awaitable[None]:
+    """Run it in a thread that is left alone when the session ends: it waits for requests that nobody answers any more."""
+    awaitable: Awaitable[None] = trio.to_thread.run_sync(function, **{_ABANDON: True})
+    return awaitable
+
+
+@contextmanager
+def _libfuse_explains(path: bytes) -> Iterator[None]:
+    """Have the Refusal say what libfuse said on descriptor 2, and nowhere else: pyfuse3 raises RuntimeError for everything."""
+    said, end = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(end, 2)
+    os.close(end)
+    try:
+        yield
+    except RuntimeError as error:
+        os.dup2(stderr, 2)
+        lines = os.read(said, 1 << 16).decode(errors="replace").splitlines()
+        raise Refusal(path, printable(lines[-1]) if lines else str(error)) from error
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(said)

@@ -1,0 +1,207 @@
+"""The handlers of a mount whose requests come through the extension: what pyfuse3 alone cannot serve, and what then need not be asked at all.
+
+No OPEN and no OPENDIR: both are answered ENOSYS once, and the kernel never asks again; it takes every file as open and tells us so by node number. Data: the
+extension reads and writes by itself between descriptors that are registered here. HANDLE_KILLPRIV_V2: the kernel leaves it to us to take suid, sgid and file
+capabilities away, and says with each request whether the caller's writing must.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from pyoverlay.core import attributes, change, syscalls
+from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.layer import Held
+from pyoverlay.core.view import View, failure
+from pyoverlay.fuse import opcodes
+from pyoverlay.fuse.binding import Wire, pyfuse3
+from pyoverlay.fuse.operations import Operations, handler
+
+_WRITE_FLAGS = struct.Struct("<20xI")  # struct fuse_write_in
+_WRITE_KILL_SUIDGID = 1 << 2
+_SETATTR_VALID = struct.Struct("<I")  # struct fuse_setattr_in
+_SETATTR_KILL_SUIDGID = 1 << 11
+
+_GETFLAGS, _SETFLAGS = 0x80086601, 0x40086602  # FS_IOC_*, <linux/fs.h>; the argument is an int all the same
+_FSGETXATTR, _FSSETXATTR = 0x801C581F, 0x401C5820
+_READING, _WRITING = {_GETFLAGS: 4, _FSGETXATTR: 28}, {_SETFLAGS: 4, _FSSETXATTR: 28}
+
+_INLINE_BYTES = 64 << 20  # files past this: calls that walk or change their extents go to a thread
+
+
+T = TypeVar("T")
+
+
+class WiredOperations(Operations):
+    """Operations, with the extension `wire` in effect."""
+
+    def __init__(self, view: View, wire: Wire) -> None:
+        super().__init__(view)
+        self._wire = wire
+        view.after_open = self._register
+        view.cache.before_close = self._unregister
+
+    # -- the data lanes
+
+    def _register(self, inode: Inode) -> None:
+        """From now on the extension moves this file's data. What it writes is not seen here, so the upper counts as dirty from the start."""
+        if inode.is_writable:
+            self.view.upper.is_dirty = True
+        self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1)
+
+    def _unregister(self, held: Held) -> None:
+        if isinstance(held, Inode) and held.is_regular:
+            self._wire.lane(held.ino, -1, -1)
+
+    # -- interrupted copy-ups
+
+    def _request(self) -> int:
+        return self._wire.request()[1]
+
+    def interrupt(self, unique: int) -> None:
+        """Its caller was killed: what it copies up is given up. Others who wait for the same copy-up begin anew."""
+        for under_way in self._copying.values():
+            if under_way.request == unique and under_way.copy is not None:
+                under_way.copy.is_cancelled = True
+
+    # -- what is never asked again
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    # -- writing takes privileges away
+
+    @handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        kills = _WRITE_FLAGS.unpack_from(self._wire.request()[6])[0] & _WRITE_KILL_SUIDGID
+        written = await super().write(fh, off, buf)
+        if kills:
+            self._drop_privileges(fh)
+        return written
+
+    @handler
+    async def setattr(
+        self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        kills = _SETATTR_VALID.unpack_from(self._wire.request()[6])[0] & _SETATTR_KILL_SUIDGID
+        entry = await super().setattr(inode, attr, fields, fh, ctx)
+        if not kills:
+            return entry
+        self._drop_privileges(inode)
+        return await self.getattr(inode, ctx)
+
+    def _drop_privileges(self, ino: int) -> None:
+        attributes.drop_privileges_of(self.view, self.view.inode(ino))
+
+    # -- what pyfuse3 has no handler for
+
+    async def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
+        """All modes the upper's file system supports."""
+        uid = self._wire.request()[3]
+        inode = await self._copied_up(ino)
+        fd = self.view.data_fd(inode, write=True)
+        self.view.upper.is_dirty = True
+        await self._long(inode, lambda: self.view.upper.calls.fallocate(fd, mode, offset, length))
+        if uid:
+            self._drop_privileges(ino)
+
+    async def lseek(self, ino: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE. What a shared map has dirtied is written back first: the kernel asks us without doing so (fuse_lseek)."""
+        inode = self.view.inode(ino)
+        await self._write_back(ino)
+        fd = self.view.data_fd(inode)
+        return await self._long(inode, lambda: os.lseek(fd, offset, whence))
+
+    async def _write_back(self, ino: int) -> None:
+        def notify() -> None:
+            try:
+                self._wire.notify_inval_inode(ino, 0, 0)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+
+        await trio.to_thread.run_sync(notify)
+
+    async def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int) -> int:
+        """Reflinked where the file system can."""
+        uid = self._wire.request()[3]
+        source = self.view.inode(ino_in)
+        target = await self._copied_up(ino_out)
+        fd, fd_out = self.view.data_fd(source), self.view.data_fd(target, write=True)
+        self.view.upper.is_dirty = True
+        source.pins += 1
+        try:
+            calls = self.view.upper.calls
+            copied = await self._in_thread(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
+        finally:
+            source.pins -= 1
+        if uid:
+            self._drop_privileges(ino_out)
+        return copied
+
+    async def tmpfile(
+        self, parent: int, mode: int, flags: int, ctx: opcodes.Caller
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """O_TMPFILE."""
+        inode, st = change.tmpfile(self.view, self.view.directory(parent), mode, change.Caller(ctx.uid, ctx.gid, ctx.umask))
+        return pyfuse3.FileInfo(fh=inode.ino, keep_cache=True), self._looked_up(inode, st)
+
+    async def ioctl(self, ino: int, cmd: int, arg: bytes, out_size: int, ctx: opcodes.Caller) -> bytes:
+        """chattr and lsattr: FS_IOC_GETFLAGS, SETFLAGS, FSGETXATTR, FSSETXATTR. The kernel has checked who may."""
+        if cmd in _READING:
+            return self._with_descriptor(self.view.inode(ino), lambda fd: fcntl.ioctl(fd, cmd, bytes(_READING[cmd])))
+        if cmd not in _WRITING or len(arg) < _WRITING[cmd]:
+            raise failure(errno.ENOTTY)
+        inode = await self._copied_up(ino)
+        self.view.upper.is_dirty = True
+        self._with_descriptor(inode, lambda fd: fcntl.ioctl(fd, cmd, arg[: _WRITING[cmd]]))
+        return b""
+
+    def _with_descriptor(self, inode: Inode, call: Callable[[int], bytes]) -> bytes:
+        """A call on the object's own descriptor, one that reads."""
+        if inode.is_regular:
+            return call(self.view.data_fd(inode))
+        if not isinstance(inode, Directory):
+            raise failure(errno.ENOTTY)
+        place = self.view.place(inode)
+        fd = os.open(place.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.dirfd)
+        try:
+            return call(fd)
+        finally:
+            os.close(fd)
+
+    async def statx(self, ino: int, mask: int, flags: int) -> opcodes.Statx:
+        """stat, and the time of birth."""
+        inode = self.view.inode(ino)
+        place = self.view.place(inode)
+        found = syscalls.statx(place.dirfd, place.name)
+        return opcodes.Statx(self._entry(inode, self.view.stat(inode)), found.btime_ns)
+
+    async def _long(self, inode: Inode, call: Callable[[], T]) -> T:
+        """At once, or in a thread where the file is so big that it may take seconds."""
+        if self.view.stat(inode).st_size <= _INLINE_BYTES:
+            return call()
+        return await self._in_thread(inode, call)
+
+    async def _in_thread(self, inode: Inode, call: Callable[[], T]) -> T:
+        inode.pins += 1
+        try:
+            return await trio.to_thread.run_sync(call)
+        finally:
+            inode.pins -= 1
+
+
+def operations_for(view: View, wire: Wire | None) -> Operations:
+    """The handlers for a mount with or without the extension."""
+    return Operations(view) if wire is None else WiredOperations(view, wire)
+
