@@ -1,4 +1,5 @@
 """The one thing pyproject.toml cannot say: the optional C extension. Everything else is there."""
+
 from setuptools import Extension, setup
 
 wire = Extension(

@@ -48,6 +48,7 @@ def setxattr(view: View, inode: Inode, name: bytes, value: bytes, flags: int = 0
     _refuse_unreadable(inode, name)
     _, dirfd, at = view.place(inode)
     upper.is_dirty = True
+    _acl_may_change(inode)
     upper.calls.setxattr(dirfd, at, marks.escape_xattr(name, upper.mark_prefix), value, flags)
 
 
@@ -56,7 +57,13 @@ def removexattr(view: View, inode: Inode, name: bytes) -> None:
     upper = view.upper
     _, dirfd, at = view.place(inode)
     upper.is_dirty = True
+    _acl_may_change(inode)
     upper.calls.removexattr(dirfd, at, marks.escape_xattr(name, upper.mark_prefix))
+
+
+def _acl_may_change(inode: Inode) -> None:
+    if isinstance(inode, Directory):
+        inode.has_default_acl = None
 
 
 def _refuse_unreadable(inode: Inode, name: bytes) -> None:
@@ -80,6 +87,7 @@ def drop_privileges_of(view: View, inode: Inode) -> None:
         mode &= ~stat.S_ISGID
     _, dirfd, name = view.place(inode)
     calls = view.upper.calls
+    view.upper.is_dirty = True
     if mode != st.st_mode:
         calls.chmod(dirfd, name, stat.S_IMODE(mode))
     try:

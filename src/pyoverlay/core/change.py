@@ -47,11 +47,11 @@ def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller
         _add(view, parent, name, caller, build)
         st = os.fstat(opened)
         inode = view.adopt(parent, name, st)
-    except OSError:
+        view.set_data_fd(inode, opened, is_writable=True)
+        opened = -1
+    finally:
         if opened >= 0:
             os.close(opened)
-        raise
-    view.set_data_fd(inode, opened, is_writable=True)
     return inode, st
 
 
@@ -73,10 +73,10 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
 def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
     """A directory; it hides what lowers have under its name."""
     calls = view.upper.calls
-    _add(view, parent, name, caller, lambda dirfd, at: calls.mkdir(at, mode & 0o7777, dirfd), is_directory=True)
+    is_opaque = _add(view, parent, name, caller, lambda dirfd, at: calls.mkdir(at, mode & 0o7777, dirfd), is_directory=True)
     inode, st = _adopted(view, parent, name)
     assert isinstance(inode, Directory)
-    inode.is_opaque = bool(parent.lowers)
+    inode.is_opaque = is_opaque
     return inode, st
 
 
@@ -110,6 +110,7 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
     try:
         upper.calls.link(from_dirfd, from_name, dirfd, name)
     except FileExistsError:
+        _require_whiteout(view, parent, name)
         temporary = upper.temporary()
         upper.calls.link(from_dirfd, from_name, upper.work_fd, temporary)
         with _discarded_on_failure(upper, temporary):
@@ -233,7 +234,7 @@ def _discarded_on_failure(upper: Upper, temporary: bytes) -> Iterator[None]:
     try:
         yield
     except OSError:
-        upper.discard_if_there(temporary)
+        upper.discard(temporary)
         raise
 
 
@@ -267,8 +268,16 @@ def _adopted(view: View, parent: Directory, name: bytes) -> tuple[Inode, os.stat
     return view.adopt(parent, name, st), st
 
 
-def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool = False) -> None:
-    """Build something under a new name: in its place, or, where a whiteout is, in the work directory and then over that."""
+def _require_whiteout(view: View, parent: Directory, name: bytes) -> None:
+    """EEXIST if what the upper has under this name is anything else."""
+    dirfd = view.upper_fd(parent)
+    st = view.upper.stat(dirfd, name)
+    if st is None or not view.upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts):
+        raise failure(errno.EEXIST)
+
+
+def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool = False) -> bool:
+    """Build something under a new name: in its place, or, where a whiteout is, in the work directory and then over that. Returns whether it is opaque."""
     _require_absent(view, parent, name)
     copy_up_directory(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
@@ -277,14 +286,18 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
         with upper.as_caller(*caller):
             build(dirfd, name)
     except FileExistsError:
-        st = upper.stat(dirfd, name)
-        if st is None or not upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts):
-            raise
+        _require_whiteout(view, parent, name)
         _add_over_whiteout(view, parent, name, caller, build, is_directory=is_directory)
-        return
-    # Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below.
-    if is_directory and parent.lowers and view.policy.redirect_dir is RedirectDir.ON:
+        return is_directory
+    if not is_directory or not parent.lowers or view.policy.redirect_dir is not RedirectDir.ON:
+        return False
+    # Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below. That saves time and
+    # nothing else, and the directory is there already, so it may fail.
+    try:
         upper.set_mark(dirfd, name, marks.OPAQUE, b"y")
+    except OSError:
+        return False
+    return True
 
 
 def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool) -> None:
@@ -298,7 +311,10 @@ def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Calle
             return
         upper.set_mark(nursery, temporary, marks.OPAQUE, b"y")
         upper.calls.rename(nursery, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
-        upper.calls.unlink(temporary, nursery)  # the whiteout
+        try:
+            upper.calls.unlink(temporary, nursery)  # the whiteout
+        except OSError:
+            upper.discard(temporary)  # the directory is in its place: nothing failed for the caller
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import Directory, Inode, key_of
@@ -73,7 +73,7 @@ def prepare(view: View, inode: Inode, size: int | None = None) -> Iterator[Copy]
         if not copy.is_published:
             if copy.fd >= 0:
                 os.close(copy.fd)
-            upper.discard_if_there(copy.temporary)
+            upper.discard(copy.temporary)
         if copy.source_fd >= 0:
             os.close(copy.source_fd)
 
@@ -145,15 +145,20 @@ def _copy_range(copy: Copy, offset: int, end: int) -> None:
 
 def _order(copy: Copy) -> None:
     """The data before the name: an empty file after a power cut is what the rename would otherwise leave."""
+    if not must_order(copy.upper):
+        return
     match copy.upper.fsync:
-        case Fsync.VOLATILE:
-            return
         case Fsync.ORDERED if copy.upper.keeps_order:
             syscalls.sync_file_range(copy.fd)
         case Fsync.ORDERED:
             os.fdatasync(copy.fd)
         case Fsync.STRICT:
             os.fsync(copy.fd)
+
+
+def must_order(upper: Upper) -> bool:
+    """Is there a disk, and does anybody care what is on it?"""
+    return not upper.is_memory and upper.fsync is not Fsync.VOLATILE
 
 
 def publish(view: View, copy: Copy) -> None:
@@ -173,24 +178,42 @@ def publish(view: View, copy: Copy) -> None:
     origin = view.origin_of(copy.source)
     if origin is not None:
         upper.set_origin(upper.work_fd, copy.temporary, origin)
-    for parent, name in reversed(names):
+    for parent, _ in names:
         copy_up_directory(view, parent)
         if origin is not None:
             mark_impure(view, parent)
-        put = upper.calls.link if (parent, name) != names[0] else upper.calls.rename
-        with keeping_times(upper, view.upper_fd(parent)) as dirfd:
-            put(upper.work_fd, copy.temporary, dirfd, name)
+    _name(view, copy, names)
     copy.is_published = True
     _adopt(view, copy, real)
     inode.lower_links -= len(names)
 
 
+def _name(view: View, copy: Copy, names: list[tuple[Directory, bytes]]) -> None:
+    """Link the copy to all its names but the first, and rename it to that. Not all: then none."""
+    upper = copy.upper
+    first, *others = names
+    linked: list[tuple[Directory, bytes]] = []
+    try:
+        for parent, name in others:
+            with keeping_times(upper, view.upper_fd(parent)) as dirfd:
+                upper.calls.link(upper.work_fd, copy.temporary, dirfd, name)
+            linked.append((parent, name))
+        with keeping_times(upper, view.upper_fd(first[0])) as dirfd:
+            upper.calls.rename(upper.work_fd, copy.temporary, dirfd, first[1])
+    except OSError:
+        for parent, name in linked:
+            with suppress(OSError), keeping_times(upper, view.upper_fd(parent)) as dirfd:
+                upper.calls.unlink(name, dirfd)
+        raise
+
+
 @contextmanager
 def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
-    """A directory does not change because something in it was copied up: its times are put back."""
+    """A directory does not change because something in it was copied up: its times are put back, if they can be: what was copied up is there by then."""
     before = os.stat(dirfd)
     yield dirfd
-    upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+    with suppress(OSError):
+        upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
 
 
 def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
@@ -278,7 +301,7 @@ def _copy_up_one(view: View, directory: Directory) -> None:
         copy.is_published = True
     finally:
         if not copy.is_published:
-            upper.discard_if_there(copy.temporary)
+            upper.discard(copy.temporary)
     directory.in_upper = True
     directory.has_origin = True
     directory.is_impure = False

@@ -187,7 +187,7 @@ class Directory(Inode):
     fd: O_PATH descriptor of its upper directory.
     """
 
-    __slots__ = ("dependants", "has_xattr_whiteouts", "is_impure", "is_opaque", "listing", "lowers", "redirect")
+    __slots__ = ("dependants", "has_default_acl", "has_xattr_whiteouts", "is_impure", "is_opaque", "listing", "lowers", "redirect")
 
     def __init__(self, ino: int, lowers: tuple[LowerDir, ...]) -> None:
         super().__init__(ino, stat.S_IFDIR)
@@ -196,6 +196,7 @@ class Directory(Inode):
         self.redirect: bytes | None = None
         self.is_impure: bool | None = None
         self.is_opaque = False
+        self.has_default_acl: bool | None = None  # None: nobody asked
         self.has_xattr_whiteouts = False
         self.dependants = 0
 

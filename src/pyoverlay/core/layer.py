@@ -23,6 +23,7 @@ from pyoverlay.core.policy import Fsync, Whiteouts
 _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _PATH_MAX = 4096
+_MEMORY_FILESYSTEMS = (0x01021994, 0x858458F6)  # TMPFS_MAGIC, RAMFS_MAGIC of <linux/magic.h>
 
 
 class Held:
@@ -137,7 +138,7 @@ class Layer:
     """One directory tree, read only by type: there is no method here that changes anything.
 
     root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it lies on,
-    a small number. is_clone: root_fd is of a detached clone of the mount.
+    a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk.
     """
 
     def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache) -> None:
@@ -145,6 +146,7 @@ class Layer:
         self.index = index
         self.fs = fs
         self.is_clone = is_clone
+        self.is_memory = syscalls.fstatfs_type(root_fd) in _MEMORY_FILESYSTEMS
         self.mark_prefix = mark_prefix
         self.cache = cache
         self._resolve = _RESOLVE if is_clone else _RESOLVE | syscalls.RESOLVE_NO_XDEV
@@ -184,10 +186,14 @@ class Layer:
                 raise
             return os.open(name, flags, dir_fd=dirfd)
 
+    def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
+        """getxattr(2) of a name; empty: of dirfd itself."""
+        return os.getxattr(_proc(dirfd, name), attribute, follow_symlinks=not name)
+
     def getxattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes | None:
-        """An extended attribute of a name (empty: of dirfd itself), or None; also where this kind of file or file system has none."""
+        """As read_xattr, or None: there is none, or this kind of file or file system has no such thing."""
         try:
-            return os.getxattr(_proc(dirfd, name), attribute, follow_symlinks=not name)
+            return self.read_xattr(dirfd, name, attribute)
         except OSError as error:
             if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
                 return None
@@ -451,8 +457,8 @@ class Upper(Layer):
             if (uid, gid) == self._ids:
                 yield
                 return
-            syscalls.setfsids(uid, gid)
             try:
+                syscalls.setfsids(uid, gid)
                 yield
             finally:
                 syscalls.setfsids(*self._ids)
@@ -490,7 +496,11 @@ class Upper(Layer):
         """Put a whiteout where the upper has nothing: one call."""
         if self._spare is None:
             temporary = self.whiteout()
-            self.calls.rename(self.work_fd, temporary, dirfd, name)
+            try:
+                self.calls.rename(self.work_fd, temporary, dirfd, name)
+            except OSError:
+                self.discard(temporary)
+                raise
             return
         self.is_dirty = True
         try:
@@ -509,14 +519,12 @@ class Upper(Layer):
             if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):  # user.* on a symlink or a device
                 raise
 
-    def discard_if_there(self, name: bytes) -> None:
-        """As discard, of something that may not have been made."""
-        with suppress(FileNotFoundError):
-            remove_tree(self.work_fd, name)
-
     def discard(self, name: bytes) -> None:
-        """Remove something from the work directory, a directory with all it holds. What cannot be removed is left for the next mount."""
-        remove_tree(self.work_fd, name)
+        """Remove what there is under a name of the work directory, a directory with all it holds. What cannot be removed is left for the next mount: it was
+        litter before, and what made it litter is done or has its own error to tell.
+        """
+        with suppress(OSError):
+            remove_tree(self.work_fd, name)
 
 
 def readable_dir(dirfd: int) -> int:
@@ -543,7 +551,12 @@ def remove_tree(dirfd: int, name: bytes) -> None:
         return
     except IsADirectoryError:
         pass
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, dir_fd=dirfd)
+    except PermissionError:  # an ordinary user's own directory may be closed to that user
+        syscalls.fchmodat(dirfd, name, 0o700)
+        fd = os.open(name, flags, dir_fd=dirfd)
     try:
         with os.scandir(fd) as entries:
             names = [os.fsencode(entry.name) for entry in entries]

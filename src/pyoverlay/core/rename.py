@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.change import has_lower, in_upper, keep_alive
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
-from pyoverlay.core.inode import Directory, Inode, Listing
+from pyoverlay.core.inode import Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import UPPER, View, failure
+
+
+_LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold
 
 
 class Entry(NamedTuple):
@@ -123,7 +127,13 @@ def _set_redirect(view: View, directory: Directory, entry: Entry, *, is_same_par
     if directory.redirect is not None and (is_same_parent or directory.redirect.startswith(b"/")):
         return
     redirect = entry.name if is_same_parent else path_in_lowers(directory)
-    view.upper.set_mark(view.upper_fd(directory), b".", marks.REDIRECT, redirect)
+    try:
+        view.upper.set_mark(view.upper_fd(directory), b".", marks.REDIRECT, redirect)
+    except OSError as error:
+        # A path longer than an attribute may be: with EXDEV, mv and the like copy the tree themselves (ovl_set_redirect).
+        if error.errno in (errno.E2BIG, errno.ERANGE) or (error.errno == errno.ENOSPC and len(redirect) > _LONG_REDIRECT):
+            raise failure(errno.EXDEV) from None
+        raise
     directory.redirect = redirect
 
 
@@ -146,15 +156,16 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
     leaves_whiteout = has_lower(view, old.parent, old.name)
     is_upper = new.inode is not None and in_upper(view, new.parent, new.name)
     if new.inode is not None and is_upper:
-        keep_alive(view, new.inode, new.parent, new.name)
         if isinstance(new.inode, Directory):
             _empty(view, new.inode, new)
+        keep_alive(view, new.inode, new.parent, new.name)
     from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
     over_whiteout = not is_upper and upper.stat(to_fd, new.name) is not None
     if over_whiteout and (leaves_whiteout or isinstance(old.inode, Directory)):
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
         if not leaves_whiteout:
-            upper.calls.unlink(old.name, from_fd)
+            with suppress(OSError):  # the rename is done; a whiteout over nothing hides nothing
+                upper.calls.unlink(old.name, from_fd)
     else:
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_WHITEOUT if leaves_whiteout else 0)
     if new.inode is not None:
@@ -167,13 +178,20 @@ def _empty(view: View, directory: Directory, entry: Entry) -> None:
     if not upper.scan(view.upper_fd(directory)):
         return
     temporary = upper.temporary()
+    old = os.stat(view.upper_fd(directory))
     upper.calls.mkdir(temporary, 0o700, upper.work_fd)
     try:
-        copy_attributes(upper, Place(upper, dirfd, entry.name), os.stat(view.upper_fd(directory)), temporary)
+        copy_attributes(upper, Place(upper, dirfd, entry.name), old, temporary)
         upper.set_mark(upper.work_fd, temporary, marks.OPAQUE, b"y")
+        new = os.stat(temporary, dir_fd=upper.work_fd, follow_symlinks=False)
         upper.calls.rename(upper.work_fd, temporary, dirfd, entry.name, RENAME_EXCHANGE)
+        # Should the rename that follows fail, the directory lives on as this one.
+        view.cache.close(directory)
+        view.table.remove_key(directory, key_of(UPPER, old.st_ino))
+        view.table.add_key(directory, key_of(UPPER, new.st_ino))
+        directory.lowers, directory.redirect, directory.is_opaque, directory.is_impure = (), None, True, False
     finally:
-        upper.discard_if_there(temporary)
+        upper.discard(temporary)
 
 
 def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -> None:

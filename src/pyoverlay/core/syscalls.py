@@ -55,6 +55,7 @@ _utimensat = _prototype("utimensat", _int, _path, _pointer, _int)
 _fallocate = _prototype("fallocate64", _int, _int, _off, _off)
 _sync_file_range = _prototype("sync_file_range", _int, _off, _off, _uint)
 _syncfs = _prototype("syncfs", _int)
+_fstatfs = _prototype("fstatfs", _int, _pointer)
 _umount2 = _prototype("umount2", _path, _int)
 _statx = _prototype("statx", _int, _path, _int, _uint, _pointer)
 _name_to_handle_at = _prototype("name_to_handle_at", _int, _path, _pointer, _pointer, _int)
@@ -129,6 +130,15 @@ def syncfs(fd: int) -> None:
     """syncfs(2)."""
     if _syncfs(fd):
         raise _failed()
+
+
+def fstatfs_type(fd: int) -> int:
+    """The file system's magic number, f_type of fstatfs(2), which os.statvfs leaves out."""
+    buffer = ctypes.create_string_buffer(256)
+    if _fstatfs(fd, buffer):
+        raise _failed()
+    kind: int = struct.unpack_from("l", buffer)[0]
+    return kind
 
 
 def umount2(path: bytes, flags: int = 0) -> None:

@@ -52,14 +52,17 @@ class View:
         self.cache = cache
         self.table = InodeTable()
         self.after_open: Callable[[Inode], None] | None = None  # told of each data descriptor that appears or starts to write
+        self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
         self._upper = upper
         self._masked = masked
+        self._follows_redirects = policy.redirect_dir.is_followed and not policy.userxattr
         # For file handles: the uuid of each file system that lowers lie on, and a descriptor there.
         self._filesystems: dict[int, tuple[bytes, int]] = {}
         for lower in lowers:
             if lower.fs not in self._filesystems:
                 fd = readable_dir(lower.root_fd)
                 self._filesystems[lower.fs] = (syscalls.filesystem_uuid(fd), fd)
+        self.name_max = max(os.statvfs(layer.root_fd).f_namemax for layer in (*lowers, *([upper] if upper is not None else [])))
         self.root = Directory(ROOT_INO, tuple(lower.root for lower in lowers))
         self.root.in_upper = upper is not None
         self.root.nlookup = 1
@@ -130,9 +133,11 @@ class View:
         while inode.nlookup <= 0 and inode.ino != ROOT_INO and inode.ino in self.table.by_ino:
             if isinstance(inode, Directory) and inode.dependants:
                 return
-            if inode.in_upper and inode.lower_links > 0 and not inode.is_orphan:
+            if inode.in_upper and inode.lower_links > 0:
                 return
             parents = [parent for parent, _ in inode.names()]
+            if self.before_drop is not None:
+                self.before_drop(inode)
             self.cache.close(inode)
             self.table.remove(inode)
             for parent in parents[1:]:
@@ -179,6 +184,12 @@ class View:
             return Place(self.upper, inode.pin, b"")
         return Place(self.upper, self.upper_fd(inode.parent), inode.name)
 
+    def is_memory(self, inode: Inode) -> bool:
+        """Do the object's data lie in memory, so that reading them never waits?"""
+        if inode.in_upper:
+            return self.upper.is_memory
+        return inode.lower_dir is not None and inode.lower_dir.layer.is_memory
+
     def data_fd(self, inode: Inode, *, write: bool = False) -> int:
         """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none."""
         if inode.fd >= 0 and (inode.is_writable or not write):
@@ -222,9 +233,11 @@ class View:
         return st
 
     def nlink(self, inode: Inode, st: os.stat_result) -> int:
-        """Directories have one link, as the kernel's overlay says of merged ones: the true count would cost a scan, and `find` trusts 1."""
+        """A directory with several halves has one link, as the kernel's overlay says too: the true count would cost a scan, and `find` trusts 1."""
         if isinstance(inode, Directory):
-            return 0 if inode.is_orphan else 1
+            if inode.is_orphan:
+                return 0
+            return st.st_nlink if len(inode.lowers) + inode.in_upper == 1 else 1
         return st.st_nlink + inode.lower_links if inode.in_upper else inode.lower_links
 
     def readlink(self, inode: Inode) -> bytes:
@@ -232,18 +245,22 @@ class View:
         return layer.readlink(dirfd, name)
 
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
-        """A caller's extended attribute; its own names in our spelling are kept one level deeper. ENODATA where there is none."""
+        """A caller's extended attribute; its own names in our spelling are kept one level deeper. ENODATA where there is none, EOPNOTSUPP."""
         layer, dirfd, at = self.place(inode)
-        value = layer.getxattr(dirfd, at, marks.escape_xattr(name, layer.mark_prefix))
-        if value is None:
-            raise failure(errno.ENODATA)
-        return value
+        return layer.read_xattr(dirfd, at, marks.escape_xattr(name, layer.mark_prefix))
 
     def listxattr(self, inode: Inode) -> list[bytes]:
-        """The names a caller may see: all but the marks."""
+        """The names of an object's attributes, all but the marks."""
         layer, dirfd, at = self.place(inode)
         names = (marks.unescape_xattr(name, layer.mark_prefix) for name in layer.listxattr(dirfd, at))
         return [name for name in names if name is not None]
+
+    def has_default_acl(self, directory: Directory) -> bool:
+        """Do new entries of a directory inherit an ACL? Asked of the disk once."""
+        if directory.has_default_acl is None:
+            layer, dirfd, at = self.place(directory)
+            directory.has_default_acl = layer.getxattr(dirfd, at, b"system.posix_acl_default") is not None
+        return directory.has_default_acl
 
     def statfs(self) -> os.statvfs_result:
         """The upper's; of a read-only mount the top lower's."""
@@ -252,7 +269,9 @@ class View:
     # -- lookup
 
     def lookup(self, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result] | None:
-        """The object that a name stands for, with its attributes; None: there is none."""
+        """The object that a name stands for, with its attributes; None: there is none. ENAMETOOLONG: no layer could hold that name."""
+        if len(name) > self.name_max:
+            raise failure(errno.ENAMETOOLONG)
         if parent.listing is not None and name not in parent.listing:
             return None
         if parent.in_upper:
@@ -439,7 +458,7 @@ class View:
 
     def _redirect(self, layer: Layer, dirfd: int, name: bytes) -> bytes:
         """The redirect of a directory. EPERM where it may not be followed: a user could have written it (ovl_lookup)."""
-        if self.policy.userxattr or not self.policy.redirect_dir.is_followed:
+        if not self._follows_redirects:
             raise failure(errno.EPERM)
         return marks.check_redirect(layer.getmark(dirfd, name, marks.REDIRECT) or b"")
 
@@ -473,11 +492,13 @@ class View:
 
     def _descend(self, base: LowerDir, names: tuple[bytes, ...], *, is_last: bool) -> _Step:
         """Follow a path in one layer, reading on each directory the marks that count for the layers below."""
-        here, layer, below, from_root = base, base.layer, names, False
+        here, layer, below, from_root, hides_below = base, base.layer, names, False, False
+        # The last of these parents may still lead on, by an absolute redirect, to layers that have no such parent; the lowest layer leads nowhere.
+        has_marks = layer is not self.lowers[-1] if self._follows_redirects else not is_last
         st: os.stat_result | None = None
         for place, name in enumerate(names):
-            contents = None if is_last and not here.is_masked else layer.contents(here)
-            hides_below = contents is not None and contents.hides_all
+            contents = None if is_last and not from_root and not here.is_masked else layer.contents(here)
+            hides_below = hides_below or (contents is not None and contents.hides_all)
             if contents is not None and name not in contents.names:
                 return _Step(None, None, hides_below or name in contents.whiteouts, below, from_root)
             st = layer.stat(layer.dirfd(here), name)
@@ -486,24 +507,19 @@ class View:
             if not stat.S_ISDIR(st.st_mode):
                 return _Step(None, None, True, below, from_root)
             at = layer.dirfd(here)
-            found = frozenset[bytes]() if is_last else layer.listmarks(at, name)
+            found = layer.listmarks(at, name) if has_marks else frozenset[bytes]()
             here = LowerDir(layer, here, name, self._is_masked(layer, at, name, st))
-            if hides_below or (marks.OPAQUE in found and layer.getmark(at, name, marks.OPAQUE) == b"y"):
-                rest = names[place + 1 :]
-                return self._descend_alone(here, st, rest)
-            if marks.REDIRECT in found:
+            if marks.OPAQUE in found and layer.getmark(at, name, marks.OPAQUE) == b"y":
+                hides_below = True
+            elif marks.REDIRECT in found:
                 redirect = self._redirect(layer, at, name)
-                from_root = redirect.startswith(b"/")
-                head = tuple(redirect[1:].split(b"/")) if from_root else (*names[:place], redirect)
+                is_absolute = redirect.startswith(b"/")
+                head = tuple(redirect[1:].split(b"/")) if is_absolute else (*below[: len(below) - len(names) + place], redirect)
                 below = (*head, *names[place + 1 :])
-        return _Step(here, st, False, below, from_root)
-
-    def _descend_alone(self, here: LowerDir, st: os.stat_result, names: tuple[bytes, ...]) -> _Step:
-        """The rest of a path in a layer that hides all below it."""
-        if not names:
-            return _Step(here, st, True, (), False)
-        step = self._descend(here, names, is_last=True)
-        return step._replace(hides_below=True)
+                if is_absolute:
+                    # It leads out of whatever an opaque directory above hides (ovl_check_redirect).
+                    from_root, hides_below = True, False
+        return _Step(here, st, hides_below, below, from_root)
 
     def _is_masked(self, layer: Layer, dirfd: int, name: bytes, st: os.stat_result) -> bool:
         if (st.st_dev, st.st_ino) in self._masked:

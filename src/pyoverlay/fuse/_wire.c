@@ -202,6 +202,10 @@ static ssize_t receive(int device)
 			return n;
 		wire.now.size = (size_t)n;
 		memset(wire.now.mem + n, 0, ZEROED);
+		if (header_of(&wire.now)->len != n) {
+			reply_to(device, header_of(&wire.now)->unique, EIO, NULL, 0);
+			continue;
+		}
 		uint32_t opcode = header_of(&wire.now)->opcode;
 		wire.requests[opcode < OPCODES ? opcode : 0]++;
 		if (!lane_answer(device, &wire.now))

@@ -38,14 +38,16 @@ class Mount:
 
 
 def open_mountinfo() -> int:
-    """A descriptor for `mounts`, for who may not pass a path to the kernel later on."""
-    return os.open("/proc/self/mountinfo", os.O_RDONLY)
+    """A descriptor for `mounts`, for who may not pass an absolute path to the kernel later on.
+
+    It is of /proc/self: the file is opened anew each time, since threads that shared its offset would read each other's halves.
+    """
+    return os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY)
 
 
 def mounts(fd: int | None = None) -> list[Mount]:
-    """Every mount of this process's mount namespace, or of the one that `fd` was opened in, in the order of mounting."""
-    with open("/proc/self/mountinfo" if fd is None else fd, "rb", closefd=fd is None) as lines:
-        lines.seek(0)  # the kernel makes the text anew
+    """Every mount of this process's mount namespace, or of that of the process that called `open_mountinfo`, in the order of mounting."""
+    with open(os.open("/proc/self/mountinfo" if fd is None else "mountinfo", os.O_RDONLY, dir_fd=fd), "rb") as lines:
         return [_parsed(line) for line in lines]
 
 
@@ -58,9 +60,7 @@ def _parsed(line: bytes) -> Mount:
     before, _, after = line.rstrip(b"\n").partition(b" - ")
     number, _, device, root, point = before.split(b" ")[:5]
     kind, source, options = after.split(b" ", 2)
-    return Mount(
-        int(number), device.decode(), _unescaped(root), _unescaped(point), kind.decode(), _unescaped(source), options
-    )
+    return Mount(int(number), device.decode(), _unescaped(root), _unescaped(point), kind.decode(), _unescaped(source), options)
 
 
 def _unescaped(field: bytes) -> bytes:

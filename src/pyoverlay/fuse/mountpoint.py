@@ -99,8 +99,12 @@ class MountPoint:
         os.close(self._mountinfo)
         os.close(self._above)
 
+    def open_connection(self) -> int:
+        """A descriptor for `attach`, which makes it the connection; its number can be handed out before. Raises Refusal."""
+        return _open_fuse_device()
+
     def attach(self, fd: int, options: MountOptions) -> None:
-        """Mount, with `fd`, a descriptor of /dev/fuse, as the connection; requests wait until somebody reads it.
+        """Mount, with `fd`, from `open_connection`, as the connection; requests wait until somebody reads it.
 
         Raises Refusal. Nothing is asked of the new mount here.
         """
@@ -186,7 +190,7 @@ class UserMountPoint(MountPoint):
         with ours:
             with theirs:
                 result = subprocess.run(
-                    [self._program, "-o", options.words, "--", self.path],
+                    ["fusermount3", "-o", options.words, "--", self.path], executable=self._program,
                     env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
                     pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, capture_output=True, check=False,
                 )  # fmt: skip
@@ -216,6 +220,18 @@ def fusermount() -> str:
     if program is None:
         raise NoPrivilege("fusermount3", "not found, and only root mounts without it", errno.ENOENT, "install it: apt install fuse3")
     return program
+
+
+def _open_fuse_device() -> int:
+    """A descriptor of /dev/fuse, not connected to anything yet. Raises Refusal that says how to get there."""
+    try:
+        return os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise Refusal(FUSE_DEVICE, "no FUSE here", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
+    except PermissionError as error:
+        raise NoPrivilege(FUSE_DEVICE, "may not be opened", error.errno, "chmod 666 /dev/fuse, or add --device /dev/fuse") from error
+    except OSError as error:
+        raise Refusal(FUSE_DEVICE, "cannot be opened", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
 
 
 def _mount_refused(path: bytes, code: int) -> Refusal:

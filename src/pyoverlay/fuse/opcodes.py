@@ -69,9 +69,7 @@ class ExtraOperations(Protocol):
     async def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int) -> int:
         """The bytes copied, which may be fewer."""
 
-    async def tmpfile(
-        self, parent: int, mode: int, flags: int, ctx: Caller
-    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]: ...
+    async def tmpfile(self, parent: int, mode: int, flags: int, ctx: Caller) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]: ...
 
     async def ioctl(self, ino: int, cmd: int, arg: bytes, out_size: int, ctx: Caller) -> bytes:
         """At most `out_size` bytes. ENOTTY for an unknown `cmd`."""
@@ -172,7 +170,7 @@ async def _statx(operations: Any, request: _Extra) -> bytes:
     return pack_statx(await operations.statx(request.node, mask, flags))
 
 
-_ANSWERS: dict[Opcode, tuple[str, Callable[[Any, _Extra], Awaitable[bytes]]]] = {
+_ANSWERS: dict[int, tuple[str, Callable[[Any, _Extra], Awaitable[bytes]]]] = {
     Opcode.IOCTL: ("ioctl", _ioctl),
     Opcode.FALLOCATE: ("fallocate", _fallocate),
     Opcode.LSEEK: ("lseek", _lseek),
@@ -186,7 +184,7 @@ _ANSWERS: dict[Opcode, tuple[str, Callable[[Any, _Extra], Awaitable[bytes]]]] = 
 
 def opcodes_of(operations: object) -> frozenset[Opcode]:
     """The opcodes that `operations` has a method for."""
-    return frozenset(opcode for opcode, (method, _) in _ANSWERS.items() if hasattr(operations, method))
+    return frozenset(Opcode(opcode) for opcode, (method, _) in _ANSWERS.items() if hasattr(operations, method))
 
 
 def attach(operations: pyfuse3.Operations, wire: Wire, wanted: Wanted) -> None:
@@ -208,6 +206,8 @@ def attach(operations: pyfuse3.Operations, wire: Wire, wanted: Wanted) -> None:
 async def _answer(operations: object, wire: Wire) -> bytes:
     """The body of the reply to the current request. FUSEError carries the errno; nothing else is raised but what ends the session."""
     number, _, node, uid, gid, pid, body = wire.whole_request()
+    if number not in _ANSWERS:
+        raise pyfuse3.FUSEError(errno.EINVAL)  # a READ of no node at all: no kernel sends it
     opcode = Opcode(number)
     try:
         return await _ANSWERS[opcode][1](operations, _Extra(node, uid, gid, pid, body))

@@ -141,7 +141,7 @@ class Operations(pyfuse3.Operations):
         this = self._copying[inode] = UnderWay(request)
         try:
             with copyup.prepare(self.view, inode, size) as this.copy:
-                if this.copy.size <= _INLINE_COPY and self.view.policy.fsync is Fsync.VOLATILE:
+                if this.copy.size <= _INLINE_COPY and not copyup.must_order(self.view.upper):
                     copyup.fill(this.copy)
                 else:
                     await trio.to_thread.run_sync(copyup.fill, this.copy)
@@ -216,7 +216,11 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return self.view.listxattr(self.view.inode(inode))
+        names = self.view.listxattr(self.view.inode(inode))
+        if ctx.uid:
+            # trusted.* is for CAP_SYS_ADMIN (xattr(7)). The kernel asks us whether to list it, and tells us the caller's uid alone.
+            return [name for name in names if not name.startswith(b"trusted.")]
+        return names
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -305,6 +309,8 @@ class Operations(pyfuse3.Operations):
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise
+            if self.view.is_memory(inode):
+                return os.pread(fd, size, off)  # tmpfs knows no RWF_NOWAIT and never waits
             return await self._read_from_disk(inode, fd, off, size)
         return data if filled == size else data[:filled]
 

@@ -18,11 +18,11 @@ from functools import partial
 
 import trio
 
-from pyoverlay.errors import NoPrivilege, Refusal, printable
+from pyoverlay.errors import Refusal, printable
 from pyoverlay.fuse import loop, opcodes
 from pyoverlay.fuse.binding import pyfuse3, wire
 from pyoverlay.fuse.capabilities import Wanted
-from pyoverlay.fuse.mountpoint import FUSE_DEVICE, MountOptions, MountPoint
+from pyoverlay.fuse.mountpoint import MountOptions, MountPoint
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,11 @@ class Session:
     it must pass no path to the kernel. Raises Refusal where /dev/fuse or libfuse refuses.
     """
 
-    def __init__(
-        self, operations: pyfuse3.Operations, point: MountPoint, *, stop_timeout: float, who_holds: Callable[[], str]
-    ) -> None:
+    def __init__(self, operations: pyfuse3.Operations, point: MountPoint, *, stop_timeout: float, who_holds: Callable[[], str]) -> None:
         self._point = point
         self._stop_timeout = stop_timeout
         self._who_holds = who_holds
-        self._fd = open_fuse_device()
+        self._fd = point.open_connection()
         loop.install(wire)
         if wire is not None:
             opcodes.attach(operations, wire, Wanted())
@@ -107,30 +105,16 @@ class Session:
             await self._outlast_users(error)
 
     async def _outlast_users(self, error: OSError) -> None:
-        log.warning(
-            "%s: %s; held by %s; detached, serving them for at most %.0f s",
-            printable(self._point.path), error.strerror, self._who_holds(), self._stop_timeout,
-        )  # fmt: skip
+        path, holders = printable(self._point.path), self._who_holds()
         try:
             await _in_thread(partial(self._point.unmount, lazily=True))
         except OSError as failure:
-            log.error("%s: cannot be detached: %s", printable(self._point.path), failure.strerror)
+            log.error("%s: cannot be detached: %s", path, failure.strerror)
+        log.warning("%s: %s; held by %s; detached, serving them for at most %.0f s", path, error.strerror, holders, self._stop_timeout)
         with trio.move_on_after(self._stop_timeout):
             await trio.sleep_forever()  # until the last user goes, which ends the session and this task
-        log.warning("%s: still in use after %.0f s: ending", printable(self._point.path), self._stop_timeout)
+        log.warning("%s: still in use after %.0f s: ending", path, self._stop_timeout)
         pyfuse3.terminate()
-
-
-def open_fuse_device() -> int:
-    """A descriptor of /dev/fuse, not connected to anything yet. Raises Refusal that says how to get there."""
-    try:
-        return os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise Refusal(FUSE_DEVICE, "no FUSE here", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
-    except PermissionError as error:
-        raise NoPrivilege(FUSE_DEVICE, "may not be opened", error.errno, "chmod 666 /dev/fuse, or add --device /dev/fuse") from error
-    except OSError as error:
-        raise Refusal(FUSE_DEVICE, "cannot be opened", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
 
 
 def _in_thread(function: Callable[[], None]) -> Awaitable[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Callable
 from typing import TypeVar
@@ -33,6 +34,9 @@ _GETFLAGS, _SETFLAGS = 0x80086601, 0x40086602  # FS_IOC_*, <linux/fs.h>; the arg
 _FSGETXATTR, _FSSETXATTR = 0x801C581F, 0x401C5820
 _READING, _WRITING = {_GETFLAGS: 4, _FSGETXATTR: 28}, {_SETFLAGS: 4, _FSSETXATTR: 28}
 
+_ASKED_BY_KERNEL = frozenset((b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"))
+
+_INLINE_COPY = 256 << 10  # bytes copied on the loop, if they are in memory
 _INLINE_BYTES = 64 << 20  # files past this: calls that walk or change their extents go to a thread
 
 
@@ -46,6 +50,7 @@ class WiredOperations(Operations):
         super().__init__(view)
         self._wire = wire
         view.after_open = self._register
+        view.before_drop = self._drop
         view.cache.before_close = self._unregister
 
     # -- the data lanes
@@ -59,6 +64,39 @@ class WiredOperations(Operations):
     def _unregister(self, held: Held) -> None:
         if isinstance(held, Inode) and held.is_regular:
             self._wire.lane(held.ino, -1, -1)
+
+    # -- what is known not to be there
+    #
+    # With POSIX_ACL the kernel asks for the ACL of each inode that somebody but its owner uses, or that is changed; most have none. Once that is known the
+    # extension says so.
+
+    def _drop(self, inode: Inode) -> None:
+        self._wire.no_xattr(inode.ino, False)
+
+    def _note_privileges(self, inode: Inode) -> None:
+        if not _ASKED_BY_KERNEL & frozenset(self.view.listxattr(inode)):
+            self._wire.no_xattr(inode.ino, True)
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        known = self.view.inode(inode)
+        try:
+            return self.view.getxattr(known, name)
+        except OSError as error:
+            if error.errno == errno.ENODATA and name in _ASKED_BY_KERNEL:
+                self._note_privileges(known)
+            raise
+
+    @handler
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._wire.no_xattr(inode, False)
+        await super().setxattr(inode, name, value, ctx)
+
+    def _made(self, parent_inode: int, entry: pyfuse3.EntryAttributes) -> pyfuse3.EntryAttributes:
+        """A new object has no ACL, unless its directory gives it one."""
+        if not self.view.has_default_acl(self.view.directory(parent_inode)):
+            self._wire.no_xattr(entry.st_ino, True)
+        return entry
 
     # -- interrupted copy-ups
 
@@ -78,6 +116,23 @@ class WiredOperations(Operations):
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """MKNOD does the same, and no RELEASE follows it: one request for a new file instead of two."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @handler
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if not stat.S_ISREG(mode):
+            return self._made(parent_inode, await super().mknod(parent_inode, name, mode, rdev, ctx))
+        parent = self.view.directory(parent_inode)
+        return self._made(parent_inode, self._looked_up(*change.create(self.view, parent, name, mode, self._caller(ctx))))
+
+    @handler
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._made(parent_inode, await super().mkdir(parent_inode, name, mode, ctx))
 
     # -- writing takes privileges away
 
@@ -142,12 +197,26 @@ class WiredOperations(Operations):
         source.pins += 1
         try:
             calls = self.view.upper.calls
-            copied = await self._in_thread(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
+            if length <= _INLINE_COPY and self._is_cached(source, fd, off_in, length):
+                copied = calls.copy_file_range(fd, fd_out, length, off_in, off_out)
+            else:
+                copied = await self._in_thread(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
         finally:
             source.pins -= 1
         if uid:
             self._drop_privileges(ino_out)
         return copied
+
+    def _is_cached(self, inode: Inode, fd: int, offset: int, length: int) -> bool:
+        """Would reading these bytes not wait for a disk? Judged by the first and the last."""
+        if self.view.is_memory(inode):
+            return True
+        try:
+            return all(os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) >= 0 for at in (offset, offset + max(length, 1) - 1))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return False
+            raise
 
     async def tmpfile(
         self, parent: int, mode: int, flags: int, ctx: opcodes.Caller
