@@ -1,0 +1,22 @@
+"""`pyoverlay completion`."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+EPILOG = """\b
+Examples:
+  pyoverlay completion bash > ~/.local/share/bash-completion/completions/pyoverlay
+  pyoverlay completion fish > ~/.config/fish/completions/pyoverlay.fish
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def command(ctx: click.Context, shell: str) -> None:
+    """Print what makes SHELL complete pyoverlay's commands and options."""
+    completion = get_completion_class(shell)
+    assert completion is not None
+    click.echo(completion(ctx.find_root().command, {}, "pyoverlay", "_PYOVERLAY_COMPLETE").source())

@@ -1,0 +1,51 @@
+"""The daemon: `python -m pyoverlay.daemon REQUEST-FD [REPORT-FD]`, started by `launch`, not by people."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from pyoverlay.daemon import report
+from pyoverlay.daemon.request import Request
+from pyoverlay.errors import PyoverlayError
+
+
+def main() -> int:
+    """Serve the request; the exit status."""
+    os.chdir("/")  # the caller's directory, and its file system, are not ours to hold
+    # Told to end before there is a mount: everything that was begun is taken back on the way out. The session has its own way.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    descriptors = [int(argument) for argument in sys.argv[1:]]
+    report.close_all_but(*descriptors)
+    caller = report.Report(descriptors[1] if len(descriptors) > 1 else None)
+    sys.excepthook = caller.uncaught
+    request = Request.from_memory(descriptors[0])
+    try:
+        # Late: a request that cannot be read has no need of trio.
+        from pyoverlay.daemon import logs, mounting
+
+        logs.set_up(foreground=request.foreground, file=request.log_file, level=request.log_level)
+        gc.freeze()  # what is imported stays: the collector need not look at it again
+        mounting.serve(request, caller.ready)
+    except PyoverlayError as error:
+        caller.refuse(error)
+        return error.exit_code
+    except SystemExit:
+        return 1
+    return 0
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # taking the interpreter apart takes longer than the 100 ms in which the layers must be free

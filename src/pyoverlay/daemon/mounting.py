@@ -1,0 +1,203 @@
+"""The daemon's own course: check, open, mount, answer, serve, sync, let go.
+
+Everything that opens a path comes before the mount. What is made before it is taken back if there is no mount in the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+from pyoverlay import registry
+from pyoverlay.core import syscalls
+from pyoverlay.core.policy import Fsync, Policy
+from pyoverlay.core.stack import open_view
+from pyoverlay.core.view import View
+from pyoverlay.daemon import logs, refusals
+from pyoverlay.daemon.holders import described, holders, open_proc
+from pyoverlay.daemon.options import Options, policy
+from pyoverlay.daemon.refusals import Directory, Layers
+from pyoverlay.daemon.request import Request
+from pyoverlay.errors import NoPrivilege, Refusal, printable
+from pyoverlay.fuse.binding import wire
+from pyoverlay.fuse.mountpoint import MountOptions, MountPoint, open_mount_point
+from pyoverlay.fuse.session import STOP_SIGNALS, Session
+from pyoverlay.fuse.wired import operations_for
+
+log = logging.getLogger(__name__)
+
+
+def serve(request: Request, announce: Callable[[], None]) -> None:
+    """Mount what is asked for, call `announce` when the mount answers, return when it is gone.
+
+    Raises PyoverlayError for what cannot be mounted, with nothing left behind.
+    """
+    os.umask(0)  # the kernel has applied the caller's already
+    _raise_descriptor_limit()
+    privileged = refusals.is_privileged()
+    if os.geteuid() == 0:
+        syscalls.keep_capabilities_over_setfsuid()
+    rules = policy(request.options, privileged=privileged)
+    with ExitStack() as held, ExitStack() as undo:
+        layers = refusals.examine(request.options, request.merged, held, undo, userxattr=rules.userxattr)
+        view = _open(layers, rules)
+        held.callback(view.close)
+        if rules.fsync is Fsync.VOLATILE and layers.work is not None:
+            refusals.mark_volatile(layers.work)
+        point = open_mount_point(layers.merged.path)
+        held.callback(point.close)
+        entry = _Entry(layers, request.options, point)
+        held.callback(entry.close)
+        proc = open_proc()
+        held.callback(os.close, proc)
+        session = Session(
+            operations_for(view, wire), point, stop_timeout=request.options.stop_timeout, who_holds=lambda: _who_holds(proc, point)
+        )
+        logs.stay_off_source_files()
+
+        def on_answer() -> None:
+            undo.pop_all()
+            entry.write()
+            announce()
+            forbid_paths()
+
+        session.run(mount_options(request.options, privileged=os.geteuid() == 0), on_answer, stop_at=_stop_signals(request))
+        _sync(view, rules, entry)
+
+
+def mount_options(options: Options, *, privileged: bool) -> MountOptions:
+    """The generic options: as root all users are served, with suid and dev, unless told otherwise; as a user neither can be had."""
+    if not privileged and (options.suid or options.dev):
+        raise NoPrivilege("-o suid,dev", "only root's mounts may have them", 1, "leave them out")
+    return MountOptions(
+        source=options.source or "pyoverlay",
+        subtype=options.subtype,
+        allow_other=privileged if options.allow_other is None else options.allow_other,
+        read_only=options.read_only or options.upper is None,
+        suid=privileged if options.suid is None else options.suid,
+        dev=privileged if options.dev is None else options.dev,
+        exec=options.exec,
+        sync=options.sync,
+        dirsync=options.dirsync,
+        noatime=options.noatime,
+        nodiratime=options.nodiratime,
+    )
+
+
+def _open(layers: Layers, rules: Policy) -> View:
+    lowers = [lower.path for lower in layers.lowers]
+    try:
+        return open_view(lowers, _path(layers.upper), _path(layers.work), rules)
+    except OSError as error:
+        raise Refusal.of(error, layers.merged.given) from error
+
+
+def _path(directory: Directory | None) -> bytes | None:
+    return None if directory is None else directory.path
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError):  # a hard limit past what the kernel grants now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _stop_signals(request: Request) -> tuple[signal.Signals, ...]:
+    """A terminal that closes ends a mount in its foreground; one in the background outlives it."""
+    if request.foreground:
+        return (*STOP_SIGNALS, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return STOP_SIGNALS
+
+
+def _who_holds(proc: int, point: MountPoint) -> str:
+    mount = point.mount
+    assert mount is not None
+    return described(holders(proc, point=mount.point, mount_id=mount.id, device=mount.device))
+
+
+def _sync(view: View, rules: Policy, entry: _Entry) -> None:
+    """What umount(8) did not wait for. A failure is left in the registry: `pyoverlay umount` reports it."""
+    if not view.is_dirty or rules.fsync is Fsync.VOLATILE:
+        return
+    try:
+        view.sync()
+    except OSError as error:
+        log.critical("%s: the upper could not be synced: %s", printable(entry.record.merged), error.strerror)
+        entry.leave_failure(f"the upper could not be synced ({error.strerror}): the last changes may be lost")
+
+
+class _Entry:
+    """The line of one mount in the registry. A mount without one works all the same, and the log says so."""
+
+    def __init__(self, layers: Layers, options: Options, point: MountPoint) -> None:
+        pid = os.getpid()
+        self._point = point
+        self._directory = _registry_directory()
+        self._failure: str | None = None
+        self.record = registry.Record(
+            id=registry.new_id(),
+            pid=pid,
+            start_time=registry.start_time(pid) or 0,
+            device="",
+            merged=layers.merged.path,
+            lowers=tuple(lower.path for lower in layers.lowers),
+            upper=_path(layers.upper),
+            work=_path(layers.work),
+            options=tuple(option for option in options.given if not option.startswith(("lowerdir", "upperdir=", "workdir="))),
+            started=time.time(),
+        )
+
+    def write(self) -> None:
+        mount = self._point.mount
+        if mount is not None:
+            self.record = registry.located(self.record, mount.device)
+        if self._directory is not None:
+            registry.write(self._directory, self.record)
+
+    def leave_failure(self, failure: str) -> None:
+        self._failure = failure
+
+    def close(self) -> None:
+        if self._directory is None:
+            return
+        if self._failure is None:
+            registry.remove(self._directory, self.record)
+        else:
+            registry.leave_failure(self._directory, self.record, self._failure)
+        os.close(self._directory)
+
+
+def _registry_directory() -> int | None:
+    try:
+        return registry.open_directory()
+    except OSError as error:
+        log.warning("%s: this mount will not be listed: %s", registry.own_directory(), error.strerror)
+        return None
+
+
+def forbid_paths() -> None:
+    """The tests' seam: with PYOVERLAY_FORBID_PATHS in the environment an absolute path opened from here on ends the daemon.
+
+    It could lead through our own mount, where nobody would answer. The environment variable names nothing but that.
+    """
+    if "PYOVERLAY_FORBID_PATHS" not in os.environ:
+        return
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "import" or (event in ("open", "os.listdir", "os.scandir") and _is_absolute(arguments[0])):
+            log.critical("after the mount answered: %s %r", event, arguments[0])
+            logging.shutdown()
+            os._exit(99)
+
+    sys.addaudithook(look)
+
+
+def _is_absolute(path: object) -> bool:
+    return isinstance(path, str | bytes) and os.path.isabs(path)

@@ -1,0 +1,61 @@
+"""How the daemon tells its caller, through a pipe: one line of JSON, `{"ready": true}` or what was refused.
+
+The pipe's end without a line is an answer too: the daemon is gone, and it was not asked to go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import TracebackType
+
+from pyoverlay.errors import DaemonFailed, PyoverlayError, Reported
+
+
+class Report:
+    """The daemon's end. It says one thing, once. fd: None in the foreground, where the caller reads stderr instead."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def ready(self) -> None:
+        """The mount answers."""
+        self._say({"ready": True})
+
+    def refuse(self, error: PyoverlayError) -> None:
+        """There will be no mount."""
+        if self._fd is None and not self._is_said:
+            sys.stderr.write(f"pyoverlay: {error}\n")
+        self._say({"refused": str(error), "mount_status": error.mount_status, "exit_code": error.exit_code})
+
+    _is_said = False
+
+    def _say(self, message: dict[str, object]) -> None:
+        self._is_said = True
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            with open(fd, "w", encoding="utf-8") as pipe:
+                pipe.write(json.dumps(message))
+
+    def uncaught(self, kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        """A `sys.excepthook` for the time before the log is there: a bug is told to the caller in one line, too."""
+        self.refuse(DaemonFailed(f"the daemon failed: {kind.__name__}: {error}"))
+        sys.__excepthook__(kind, error, where)
+
+
+def check(text: str) -> None:
+    """Return if the daemon has said that it is ready. Raises what it refused, or DaemonFailed where it said nothing."""
+    if not text:
+        raise DaemonFailed("the daemon ended before the mount answered; run the same with -f to see why")
+    message = json.loads(text)
+    if "refused" in message:
+        raise Reported(message["refused"], exit_code=message["exit_code"], mount_status=message["mount_status"])
+
+
+def close_all_but(*kept: int) -> None:
+    """Close every descriptor above 2 that was inherited, but these: whoever started us may wait for their end."""
+    low = 3
+    for fd in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
+        os.closerange(low, fd)
+        low = fd + 1

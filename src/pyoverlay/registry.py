@@ -1,0 +1,179 @@
+"""The live mounts: one JSON file each, `/run/pyoverlay/ID.json`, or `$XDG_RUNTIME_DIR/pyoverlay/ID.json` of an ordinary user.
+
+The daemon writes its file before it says that it is ready and removes it at its end, both through a directory descriptor that it
+holds, since /run may by then lie below its own mount. Everybody else reads. A file whose process is gone is stale: pid and start
+time together name a process for good, a pid alone comes back. A daemon that could not sync its upper at the end leaves its file
+with `failure` in it, for `pyoverlay umount` to report.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+SUFFIX = ".json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One mount. Paths are absolute, without symlinks, as they were when it was made; lowers top first.
+
+    start_time: of process `pid`, in clock ticks since boot (proc_pid_stat(5), field 22). device: the mount's `major:minor`.
+    started: seconds since 1970. failure: why the daemon's last sync failed, None while all is well.
+    """
+
+    id: str
+    pid: int
+    start_time: int
+    device: str
+    merged: bytes
+    lowers: tuple[bytes, ...]
+    upper: bytes | None
+    work: bytes | None
+    options: tuple[str, ...]
+    started: float
+    failure: str | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Its daemon still runs."""
+        return start_time(self.pid) == self.start_time
+
+
+def new_id() -> str:
+    """Twelve hexadecimal digits, as container engines name things."""
+    return secrets.token_hex(6)
+
+
+def start_time(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None if there is none, or only its zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def own_directory() -> str:
+    """Where this user's mounts are listed. $PYOVERLAY_RUNTIME_DIR overrides it."""
+    if override := os.environ.get("PYOVERLAY_RUNTIME_DIR"):
+        return override
+    if os.geteuid() == 0 and os.access("/run", os.W_OK):
+        return "/run/pyoverlay"
+    # Without a session there is no XDG_RUNTIME_DIR; root of a user namespace has no /run it may write to.
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{runtime}/pyoverlay" if runtime else f"/tmp/pyoverlay-{os.geteuid()}"
+
+
+def readable_directories() -> list[str]:
+    """Every directory of records that this user may read: for root also those of the users that are logged in."""
+    own = own_directory()
+    others = glob.glob("/run/user/*/pyoverlay") if os.geteuid() == 0 and "PYOVERLAY_RUNTIME_DIR" not in os.environ else []
+    return [own, *(other for other in others if other != own)]
+
+
+def open_directory() -> int:
+    """A descriptor of `own_directory`, made if missing, mode 0700. PermissionError: it is somebody else's."""
+    path = own_directory()
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        os.close(fd)
+        raise PermissionError(1, "belongs to another user, or others may write to it", path)
+    return fd
+
+
+def located(record: Record, device: str) -> Record:
+    """The record of a mount that has just got its device number."""
+    return replace(record, device=device)
+
+
+def write(directory: int, record: Record) -> None:
+    """Publish or replace a record: readers see the old one or the new one, whole."""
+    content = json.dumps(_texts(record)).encode()
+    temporary = f".{record.id}.new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+    with open(fd, "wb") as file:
+        file.write(content)
+    os.rename(temporary, record.id + SUFFIX, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def remove(directory: int, record: Record) -> None:
+    """Take a record out; nothing happens if it is gone."""
+    with suppress(FileNotFoundError):
+        os.unlink(record.id + SUFFIX, dir_fd=directory)
+
+
+def leave_failure(directory: int, record: Record, failure: str) -> None:
+    """Keep the record of a daemon that is about to end, with the reason why its last sync failed."""
+    write(directory, replace(record, failure=failure))
+
+
+def records() -> list[Record]:
+    """The records of every directory this user may read, oldest first, stale ones among them."""
+    found = [record for path in readable_directories() for record in _in_directory(path)]
+    return sorted(found, key=lambda record: record.started)
+
+
+def live() -> list[Record]:
+    """The records whose daemon runs. Stale ones without a failure to report are cleared away, where this user may."""
+    alive = []
+    for path in readable_directories():
+        for record in _in_directory(path):
+            if record.is_alive:
+                alive.append(record)
+            elif record.failure is None:
+                forget(path, record)
+    return sorted(alive, key=lambda record: record.started)
+
+
+def forget(path: str, record: Record) -> None:
+    """Remove a record whose daemon is gone from the directory at `path`."""
+    with suppress(FileNotFoundError, PermissionError):
+        os.unlink(f"{path}/{record.id}{SUFFIX}")
+
+
+def clear(record: Record) -> None:
+    """Remove the record of a daemon that is gone, wherever it lies."""
+    for path in readable_directories():
+        forget(path, record)
+
+
+def _in_directory(path: str) -> Iterator[Record]:
+    try:
+        names = os.listdir(path)
+    except (FileNotFoundError, PermissionError):
+        return
+    for name in names:
+        # FileNotFoundError: its daemon ended meanwhile. The others: no record, or one of a release that wrote less.
+        if name.endswith(SUFFIX):
+            with suppress(FileNotFoundError, PermissionError, ValueError, KeyError, TypeError):
+                with open(f"{path}/{name}", "rb") as file:
+                    yield _record(json.load(file))
+
+
+def _texts(record: Record) -> dict[str, Any]:
+    return {name: _text(value) for name, value in asdict(record).items()}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    return [_text(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _record(texts: dict[str, Any]) -> Record:
+    for name in ("merged", "upper", "work"):
+        texts[name] = None if texts[name] is None else os.fsencode(texts[name])
+    texts["lowers"] = tuple(map(os.fsencode, texts["lowers"]))
+    texts["options"] = tuple(texts["options"])
+    return Record(**{field.name: texts[field.name] for field in fields(Record)})

@@ -1,0 +1,232 @@
+"""The option language, by its words: what each spelling means, what is passed over, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from pyoverlay.core.policy import Fsync, RedirectDir, Whiteouts
+from pyoverlay.daemon.options import Options, escape, lowerdirs, parse, policy, split, with_directories
+from pyoverlay.errors import OptionRefused
+
+LAYERS = "lowerdir=/a,upperdir=/u,workdir=/w"
+
+
+def refusal(*strings: str) -> str:
+    with pytest.raises(OptionRefused) as caught:
+        parse(strings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ── spelling ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("string", "options"),
+    [
+        ("", []),
+        (",,,", []),
+        ("ro", ["ro"]),
+        ("ro,,nodev,", ["ro", "nodev"]),
+        (r"upperdir=/a\,b,ro", [r"upperdir=/a\,b", "ro"]),
+        (r"upperdir=/a\\,ro", [r"upperdir=/a\\", "ro"]),
+        ("upperdir=/a\\", ["upperdir=/a\\"]),
+        ('context="system_u:object_r:t:s0:c1,c2",ro', ['context="system_u:object_r:t:s0:c1,c2"', "ro"]),
+        ('fscontext="a,b",rootcontext="c,d"', ['fscontext="a,b"', 'rootcontext="c,d"']),
+        ('upperdir=/a"b,workdir=/c"d', ['upperdir=/a"b', 'workdir=/c"d']),
+        ("upperdir=/new\nline,ro", ["upperdir=/new\nline", "ro"]),
+    ],
+)
+def test_options_end_at_a_comma_that_nothing_protects(string: str, options: list[str]) -> None:
+    assert split(string) == options
+
+
+@pytest.mark.parametrize(
+    ("value", "layers"),
+    [
+        ("/a", (b"/a",)),
+        ("/a:/b:c", (b"/a", b"/b", b"c")),
+        (r"/a\:b:/c", (b"/a:b", b"/c")),
+        (r"/a\,b", (b"/a,b",)),
+        (r"/a\\:/b", (b"/a\\", b"/b")),
+        (r"/a\:", (b"/a:",)),
+        ("/\udcff", (b"/\xff",)),
+    ],
+)
+def test_layers_end_at_a_colon_that_nothing_protects(value: str, layers: tuple[bytes, ...]) -> None:
+    assert lowerdirs(value) == layers
+
+
+@pytest.mark.parametrize("path", [b"/plain", b"/a:b", b"/a,b", b"/a\\", b"\\:,\\", b"/\xff\n ", b'/"q"'])
+def test_an_escaped_path_is_read_back_as_it_was(path: bytes) -> None:
+    options = parse([f"lowerdir={escape(path)}:{escape(path)},upperdir={escape(path)},ro"])
+    assert (options.lowers, options.upper, options.read_only) == ((path, path), path, True)
+
+
+@pytest.mark.parametrize("value", ["", ":", "/a:", ":/a"])
+def test_an_empty_layer_is_refused(value: str) -> None:
+    assert refusal(f"lowerdir={value}").startswith("-o lowerdir: an empty path")
+
+
+def test_data_only_layers_are_refused_as_such() -> None:
+    assert "data-only layers (A::D) are not implemented" in refusal("lowerdir=/a::/d")
+    assert "data-only" in refusal("lowerdir=/a,datadir+=/d")
+
+
+def test_lowerdir_plus_appends_a_layer_whose_colons_are_its_own() -> None:
+    assert parse(["lowerdir+=/a:b,lowerdir+=/c"]).lowers == (b"/a:b", b"/c")
+    assert parse(["lowerdir=/a:/b,lowerdir+=/c"]).lowers == (b"/a", b"/b", b"/c")
+    assert parse(["lowerdir+=/x,lowerdir=/a"]).lowers == (b"/a",)
+
+
+def test_a_later_option_wins_also_in_another_string() -> None:
+    assert parse(["ro,lowerdir=/a", "rw,lowerdir=/b"]) == Options(lowers=(b"/b",), given=("ro", "lowerdir=/a", "rw", "lowerdir=/b"))
+
+
+def test_500_layers_in_megabytes_of_options_are_read_at_once() -> None:
+    layers = [f"/{number}{'x' * 4000}" for number in range(500)]
+    string = "lowerdir=" + ":".join(layers) + ",x-comment=" + "y" * 2_000_000 + r",upperdir=/a\,b"
+    begin = time.process_time()
+    options = parse([string])
+    assert time.process_time() - begin < 0.5
+    assert options.lowers == tuple(map(os.fsencode, layers))
+    assert options.upper == b"/a,b"
+
+
+def test_a_backslash_in_front_of_everything_costs_no_more() -> None:
+    begin = time.process_time()
+    assert parse(["lowerdir=" + r"\a" * 500_000]).lowers == (b"a" * 500_000,)
+    assert time.process_time() - begin < 1.0
+
+
+# ── what they mean ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def meaning(string: str) -> dict[str, object]:
+    """The fields in which these options differ from none."""
+    plain, options = parse([LAYERS]), parse([f"{LAYERS},{string}"])
+    fields = (name for name in Options.__slots__ if name != "given")
+    return {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(plain, name)}
+
+
+@pytest.mark.parametrize(
+    ("string", "fields"),
+    [
+        ("ro", {"read_only": True}),
+        ("ro,rw", {}),
+        ("nosuid,nodev,noexec", {"suid": False, "dev": False, "exec": False}),
+        ("suid,dev,exec", {"suid": True, "dev": True}),
+        ("noatime", {"noatime": True}),
+        ("noatime,relatime", {}),
+        ("nodiratime", {"nodiratime": True}),
+        ("sync", {"sync": True}),
+        ("dirsync", {"dirsync": True}),
+        ("fsname=my data", {"source": "my data"}),
+        (r"fsname=a\,b", {"source": "a,b"}),
+        ("subtype=overlay", {"subtype": "overlay"}),
+        ("allow_other", {"allow_other": True}),
+        ("redirect_dir=off", {"redirect_dir": RedirectDir.OFF}),
+        ("redirect_dir=nofollow,userxattr", {"redirect_dir": RedirectDir.NOFOLLOW, "userxattr": True}),
+        ("whiteouts=kernel", {"whiteouts": Whiteouts.KERNEL}),
+        ("volatile", {"fsync": Fsync.VOLATILE}),
+        ("fsync=strict", {"fsync": Fsync.STRICT}),
+        ("fsync=0", {"fsync": Fsync.VOLATILE}),
+        ("fsync=0,fsync=1", {}),
+        ("squash_to_root", {"squash_uid": 0, "squash_gid": 0}),
+        ("squash_to_uid=1000,squash_to_gid=100", {"squash_uid": 1000, "squash_gid": 100}),
+        ("stop_timeout=2.5", {"stop_timeout": 2.5}),
+    ],
+)
+def test_an_option_does_what_it_says(string: str, fields: dict[str, object]) -> None:
+    assert meaning(string) == fields
+
+
+@pytest.mark.parametrize(
+    "string",
+    [
+        'context="system_u:object_r:container_file_t:s0:c1,c2"',
+        "fscontext=a,defcontext=b,rootcontext=c",
+        "private",
+        "_netdev,nofail,noauto,auto,user,users,owner,user=me,defaults,async",
+        "x-systemd.automount,x-gvfs-show,X-mount.mkdir=0700",
+        "default_permissions",
+        "override_creds",
+        "xino=on,xino=off,xino=auto",
+        "index=off,metacopy=off,nfs_export=off,verity=off,uuid=null,xattr_permissions=0,writeback=0",
+        "timeout=1000000000",
+    ],
+)
+def test_an_option_that_changes_nothing_is_passed_over(string: str) -> None:
+    assert meaning(string) == {}
+
+
+def test_what_was_given_is_kept_for_people() -> None:
+    assert parse(["ro,,nodev", "private"]).given == ("ro", "nodev", "private")
+
+
+# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["index=on", "metacopy=on", "uidmapping=0:1:2", "gidmapping=:0:1:1000:1000:0:1", "xattr_permissions=1", "xattr_permissions=2",
+     "writeback", "writeback=1", "noacl", "noxattrs", "timeout=5", "uuid=on", "verity=require", "nfs_export=on", "remount"],
+)  # fmt: skip
+def test_what_is_not_there_yet_is_refused_and_not_swallowed(option: str) -> None:
+    message = refusal(LAYERS, option)
+    assert message.startswith(f"-o {option.partition('=')[0]}")
+    assert "not implemented" in message
+
+
+@pytest.mark.parametrize("option", ["nonsense", "nonsense=1", "lowerdirs=/a", "RO", "upper=/a", "ro=1", "=", "bind"])
+def test_an_unknown_option_is_refused_by_name(option: str) -> None:
+    message = refusal(LAYERS, option)
+    assert message.startswith(f"-o {option}: ")
+    assert "unknown option" in message or "takes no value" in message
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["redirect_dir=maybe", "fsync=2", "whiteouts=", "squash_to_uid=-1", "squash_to_uid=4294967295", "squash_to_gid=0x1",
+     "stop_timeout=soon", "stop_timeout=-1", "xino=perhaps", "uidmapping=0:1", "gidmapping=a:b:c", "subtype=a b"],
+)  # fmt: skip
+def test_an_unknown_value_is_refused_with_what_there_is(option: str) -> None:
+    message = refusal(LAYERS, option)
+    assert message.startswith(f"-o {option}: ")
+    assert "one of" in message or "wants" in message
+
+
+@pytest.mark.parametrize("option", ["upperdir", "workdir", "fsname", "redirect_dir", "lowerdir", "lowerdir+"])
+def test_an_option_without_its_value_is_refused(option: str) -> None:
+    assert refusal(LAYERS, option).startswith(f"-o {option}: ")
+
+
+def test_a_refusal_stays_on_one_line() -> None:
+    assert refusal("non\nsense\x1b") == r"-o non\x0asense\x1b: unknown option"
+
+
+def test_a_work_directory_needs_an_upper() -> None:
+    assert "no upperdir" in refusal("lowerdir=/a,workdir=/w")
+
+
+def test_user_marks_and_redirects_contradict_each_other() -> None:
+    assert "contradicts userxattr" in refusal("lowerdir=/a,userxattr,redirect_dir=on")
+
+
+# ── what the core is told ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_marks_follow_the_privileges_unless_asked_otherwise() -> None:
+    options = parse([LAYERS])
+    assert policy(options, privileged=True).userxattr is False
+    assert policy(options, privileged=False).userxattr is True
+    assert policy(parse([f"{LAYERS},userxattr"]), privileged=True).userxattr is True
+
+
+def test_directories_given_as_arguments_are_not_unescaped_but_for_the_lowers() -> None:
+    options = with_directories(parse([]), lowers=r"/a\:b:/c", upper=r"/u\:x", work="/w,y")
+    assert (options.lowers, options.upper, options.work) == ((b"/a:b", b"/c"), rb"/u\:x", b"/w,y")
