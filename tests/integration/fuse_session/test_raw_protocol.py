@@ -1,0 +1,218 @@
+"""The extension against a kernel that we play ourselves: exact bytes of INIT, and requests that no kernel would send.
+
+libfuse takes `/dev/fd/N` for a device that is mounted already; here N is a socket.
+"""
+
+import errno
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from pyoverlay.fuse.capabilities import DEFAULT, InitFlag, agreed
+
+pytestmark = [pytest.mark.wire]
+
+GETATTR, SETATTR, READ, WRITE, GETXATTR, INIT, INTERRUPT, IOCTL, DESTROY = 3, 4, 15, 16, 22, 26, 36, 39, 38
+EVERYTHING = (1 << 43) - 1 & ~InitFlag.OVER_IO_URING
+FILE = 7
+
+SERVER = """
+import errno, os, sys, tempfile
+import trio
+from pyoverlay.fuse import loop
+from pyoverlay.fuse.binding import pyfuse3, wire
+from pyoverlay.fuse.capabilities import Wanted
+from pyoverlay.fuse.opcodes import attach
+
+class Operations(pyfuse3.Operations):
+    async def getattr(self, inode, ctx):
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        return entry
+    async def setattr(self, inode, attr, fields, fh, ctx):
+        raise pyfuse3.FUSEError(errno.EPERM if fh in (None, inode) else errno.EBADF)
+    async def read(self, fh, off, size):
+        return b"python"[:size]
+    async def write(self, fh, off, data):
+        return len(data)
+    async def getxattr(self, inode, name, ctx):
+        raise pyfuse3.FUSEError(errno.ENODATA)
+    async def fallocate(self, ino, mode, offset, length): ...
+    async def ioctl(self, ino, cmd, arg, out_size, ctx):
+        return arg[:out_size]
+
+operations = Operations()
+attach(operations, wire, Wanted())
+loop.install(wire)
+file = tempfile.TemporaryFile()
+file.write(b"lane")
+file.flush()
+wire.lane(7, file.fileno(), file.fileno())
+wire.no_xattr(7, True)
+pyfuse3.init(operations, f"/dev/fd/{sys.argv[1]}", {"fsname=raw"})
+trio.run(pyfuse3.main)
+pyfuse3.close(unmount=False)
+assert wire.counts() == ({}, dict.fromkeys(wire.counts()[1], 0))
+"""
+
+
+class Kernel:
+    """Our end of the socket."""
+
+    def __init__(self) -> None:
+        self.socket, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(10)
+        self.unique = 0
+        with device:
+            self.server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SERVER, str(device.fileno())], pass_fds=[device.fileno()])
+
+    def send(self, opcode: int, body: bytes, node: int = 1, length: int | None = None) -> int:
+        self.unique += 2
+        size = 40 + len(body) if length is None else length
+        self.socket.send(struct.pack("<IIQQIIII", size, opcode, self.unique, node, 0, 0, 0, 0) + body)
+        return self.unique
+
+    def receive(self) -> tuple[int, int, bytes]:
+        """Unique, errno and body of the next reply."""
+        reply = self.socket.recv(1 << 20)
+        length, error, unique = struct.unpack_from("<IiQ", reply)
+        assert length == len(reply)
+        return unique, -error, reply[16:]
+
+    def ask(self, opcode: int, body: bytes, node: int = 1, length: int | None = None) -> tuple[int, bytes]:
+        unique = self.send(opcode, body, node, length)
+        answered, error, answer = self.receive()
+        assert answered == unique
+        return error, answer
+
+    def init(self, flags: int = EVERYTHING) -> bytes:
+        error, body = self.ask(INIT, struct.pack("<5I44x", 7, 45, 131072, flags & 0xFFFFFFFF, flags >> 32))
+        assert error == 0
+        return bytes(16) + body
+
+    def end(self) -> int:
+        self.socket.close()
+        return self.server.wait(timeout=10)
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    made = Kernel()
+    yield made
+    made.socket.close()
+    if made.server.poll() is None:
+        made.server.kill()
+    made.server.wait(timeout=10)
+
+
+def test_init_asks_for_all_that_is_wanted(kernel: Kernel) -> None:
+    reply = kernel.init()
+    assert agreed(reply) & DEFAULT == DEFAULT
+    assert not agreed(reply) & (InitFlag.ATOMIC_O_TRUNC | InitFlag.SETXATTR_EXT | InitFlag.SECURITY_CTX | InitFlag.WRITEBACK_CACHE)
+    background, congestion, max_write = struct.unpack_from("<HHI", reply, 16 + 16)
+    assert (background, congestion) == (65535, 49151)
+    assert max_write >= 1 << 20
+    assert kernel.end() == 0
+
+
+def test_init_asks_for_nothing_that_is_not_offered(kernel: Kernel) -> None:
+    offer = InitFlag.DONT_MASK | 1 << 13  # READDIRPLUS, without which pyfuse3 refuses
+    assert not agreed(kernel.init(offer)) & ~offer
+    assert kernel.end() == 0
+
+
+def test_each_request_is_answered_by_whom_it_is_for(kernel: Kernel) -> None:
+    kernel.init()
+    read = struct.pack("<QQIIQII", 0, 0, 100, 0, 0, 0, 0)
+    assert kernel.ask(READ, read, FILE) == (0, b"lane")
+    assert kernel.ask(READ, read, FILE + 1) == (0, b"python")
+    assert kernel.ask(GETXATTR, bytes(8) + b"security.capability\0", FILE) == (errno.ENODATA, b"")
+    assert kernel.ask(SETATTR, struct.pack("<IIQ72x", 1 << 6, 0, 12345), FILE) == (errno.EPERM, b"")
+    assert kernel.ask(IOCTL, struct.pack("<QIIQII", 0, 0, 0x5401, 0, 0, 0)) == (errno.ENOTTY, b"")
+    assert kernel.ask(IOCTL, struct.pack("<QIIQII", 0, 0, 1, 0, 3, 3) + b"abc") == (0, bytes(16) + b"abc")
+    assert kernel.ask(63, b"") == (errno.ENOSYS, b"")
+    assert kernel.ask(99, b"") == (errno.ENOSYS, b"")
+    assert kernel.end() == 0
+
+
+def test_a_write_that_is_shorter_than_it_says_writes_nothing(kernel: Kernel) -> None:
+    kernel.init()
+    error, _ = kernel.ask(WRITE, struct.pack("<QQIIQII", 0, 0, 5000, 0, 0, 0, 0) + b"few", FILE)
+    assert error == errno.EIO
+    assert kernel.ask(READ, struct.pack("<QQIIQII", 0, 0, 100, 0, 0, 0, 0), FILE) == (0, b"lane")
+    assert kernel.end() == 0
+
+
+def test_a_header_that_lies_about_the_length_is_refused(kernel: Kernel) -> None:
+    kernel.init()
+    for length in (0, 39, 41, 1 << 31):
+        assert kernel.ask(GETATTR, b"", length=length) == (errno.EIO, b"")
+    kernel.socket.send(b"no request at all")
+    assert kernel.ask(GETATTR, bytes(16))[0] == 0
+    assert kernel.end() == 0
+
+
+BODIES = {
+    READ: struct.pack("<QQIIQII", 0, 0, 100, 0, 0, 0, 0),
+    WRITE: struct.pack("<QQIIQII", 0, 0, 4, 0, 0, 0, 0) + b"data",
+    GETXATTR: struct.pack("<II", 100, 0) + b"security.capability\0",
+    SETATTR: struct.pack("<IIQ72x", 1 << 6, 0, 12345),
+    IOCTL: struct.pack("<QIIQII", 0, 0, 0x5401, 0, 0, 4),
+    43: struct.pack("<QQQII", 0, 0, 1, 0, 0),
+}
+
+
+@pytest.mark.parametrize("node", [FILE, FILE + 1], ids=["lane", "python"])
+@pytest.mark.parametrize("opcode", BODIES)
+def test_a_body_cut_short_anywhere_is_answered_and_the_session_goes_on(kernel: Kernel, opcode: int, node: int) -> None:
+    kernel.init()
+    for size in range(len(BODIES[opcode]) + 1):
+        kernel.ask(opcode, BODIES[opcode][:size], node)
+    assert kernel.ask(GETATTR, bytes(16), FILE)[0] == 0
+    assert kernel.end() == 0
+
+
+def test_noise_never_ends_the_session(kernel: Kernel) -> None:
+    seed = random.randrange(1 << 32)
+    noise = random.Random(seed)
+    kernel.init()
+    for _ in range(2000):
+        opcode = noise.choice([READ, IOCTL, GETXATTR, 43, 44 + 20, 200, 1 << 31])
+        body = noise.randbytes(noise.randrange(60))
+        kernel.ask(opcode, body, noise.choice([0, 1, FILE, 1 << 63]))
+    assert kernel.ask(GETATTR, bytes(16))[0] == 0, f"seed {seed}"
+    assert kernel.end() == 0
+
+
+def test_interrupts_without_a_body_or_a_request_are_survived(kernel: Kernel) -> None:
+    kernel.init()
+    kernel.send(INTERRUPT, b"")
+    kernel.send(INTERRUPT, b"1234")
+    kernel.send(INTERRUPT, struct.pack("<Q", 12345))
+    unique = kernel.send(GETATTR, bytes(16))
+    answers = [kernel.receive()]
+    while answers[-1][0] != unique:  # libfuse asks for each unknown one to be sent again
+        answers.append(kernel.receive())
+    assert answers[-1][1] == 0
+    assert {error for _, error, _ in answers[:-1]} <= {errno.EAGAIN}
+    assert kernel.end() == 0
+
+
+def test_init_leaves_no_descriptor_open(kernel: Kernel) -> None:
+
+    def descriptors() -> int:
+        kernel.ask(GETATTR, bytes(16))  # INIT is answered a moment before it is done
+        return len(os.listdir(f"/proc/{kernel.server.pid}/fd"))
+
+    kernel.init()
+    before = descriptors()
+    for _ in range(3):
+        assert kernel.ask(INIT, struct.pack("<5I44x", 7, 45, 131072, 0, 0))[0] == errno.EIO  # libfuse's answer to a second one
+    assert descriptors() == before
+    assert kernel.end() == 0

@@ -1,0 +1,93 @@
+"""One mount for the whole list: every check has a directory of its own in each place, made before the mount where it is a layer's.
+
+PYOVERLAY_TESTS_OVER=kernel runs the list over the kernel's overlay instead, to see which checks no overlay of that kind passes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyoverlay.testing import Overlay, witness
+from tests.posix.check import NEW_NAMES, Check, file, folder
+from tests.posix.checks import CHECKS
+from tests.posix.kernel_overlay import KernelOverlay
+from tests.posix.layers import split
+
+PLACES = ("ext4", "upper", "lower", "merged")
+
+
+@dataclass(slots=True)
+class Places:
+    """Where the checks run: `directory` makes or finds the one of a check in a place."""
+
+    plain: Path
+    overlay: Overlay | KernelOverlay
+
+    def directory(self, place: str, check: Check) -> Path:
+        if place == "ext4":
+            return _prepared(self.plain / check.name, check)
+        if place == "upper":
+            return _prepared(self.overlay.merged / "upper" / check.name, check)
+        return self.overlay.merged / place / check.name
+
+    def revive(self) -> None:
+        """Mount again if a check ended the daemon: the others have their own claim to make."""
+        if not self.overlay.mounted():
+            self.overlay.mount()
+
+
+def _prepared(directory: Path, check: Check) -> Path:
+    directory.mkdir()
+    check.prepare(directory)
+    return directory
+
+
+def _make_layers(lower: Path, upper: Path) -> None:
+    for layer in (lower, upper):
+        for place in ("lower", "merged", "upper"):
+            (layer / place).mkdir()
+    for check in CHECKS:
+        _prepared(lower / "lower" / check.name, check)
+        below, above = _prepared(lower / "merged" / check.name, check), _prepared(upper / "merged" / check.name, check)
+        split(below, above)
+        for number, name in enumerate(NEW_NAMES):
+            (file(name, b"hidden") if number == 1 else folder(name, file("hidden"), folder("below")))(below)
+            os.mknod(above / name, 0o020000, 0)
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
+    base = tmp_path_factory.mktemp("posix")
+    plain, lower, upper, merged = (base / name for name in ("plain", "lower", "upper", "merged"))
+    for directory in (plain, lower, upper, merged):
+        directory.mkdir()
+    before = os.umask(0o022)
+    _make_layers(lower, upper)
+    kind = KernelOverlay if os.environ.get("PYOVERLAY_TESTS_OVER") == "kernel" else Overlay
+    overlay = kind((lower,), upper, merged)
+    untouched = witness_of(lower)
+    overlay.mount()
+    try:
+        yield Places(plain, overlay)
+    finally:
+        os.umask(before)
+        overlay.close()
+        touched = [name for name, state in witness_of(lower).items() if untouched.get(name) != state]
+        assert not touched, f"the lower was touched: {touched[:10]}"
+
+
+def witness_of(lower: Path) -> dict[bytes, tuple[object, ...]]:
+    """As `witness`, without the tree that is deeper than a path can say."""
+    deep = {check.name.encode() for check in CHECKS if "path_max" in check.name}
+    everything: dict[bytes, tuple[object, ...]] = {}
+    for place in ("lower", "merged"):
+        for name in sorted(os.listdir(os.fsencode(lower / place))):
+            if name not in deep:
+                inside = witness(os.fsencode(lower / place) + b"/" + name)
+                everything |= {place.encode() + b"/" + name + b"/" + path: state for path, state in inside.items()}
+    return everything

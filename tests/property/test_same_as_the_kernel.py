@@ -1,0 +1,43 @@
+"""Whatever is done, in whatever order: the same answers and the same trees as the kernel's overlay, and uppers that the other can read.
+
+PYOVERLAY_SEQUENCES=N runs N sequences, drawn at random; without it a fixed choice runs that fits into a minute.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.property.arena import TEMPLATES, arena
+from tests.property.operations import Operation
+from tests.property.strategies import sequences
+
+SEQUENCES = int(os.environ.get("PYOVERLAY_SEQUENCES", "200"))
+
+
+@pytest.mark.root
+@pytest.mark.timeout(60 + SEQUENCES)
+def test_random_sequences_do_the_same_on_both_overlays_and_each_reads_the_others_upper(tmp_path: Path) -> None:
+    with arena(tmp_path) as both:
+
+        @settings(
+            max_examples=SEQUENCES,
+            derandomize="PYOVERLAY_SEQUENCES" not in os.environ,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+            print_blob=False,
+        )
+        @given(start=st.sampled_from(TEMPLATES), sequence=sequences)
+        def do_the_same(start: str, sequence: Sequence[Operation]) -> None:
+            both.run(start, sequence)
+
+        do_the_same()
+        both.judge_the_disks()
