@@ -17,11 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-# Checks are no test modules, and their assertions should still say what they compared. Every check imports this first.
-pytest.register_assert_rewrite("tests.posix.checks")
-
 Step = Callable[[Path], object]
 
 CHECKS: list[Check] = []

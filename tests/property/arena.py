@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,15 @@ TEMPLATES = tuple(LAYERS)
 SUPPLY = 60  # directories of each kind in one pair of mounts
 
 State = dict[bytes, Entry]
+
+# The next operation for the tree that is in this directory; None ends the sequence.
+Choice = Callable[[Path], Operation | None]
+
+
+def in_turn(sequence: Sequence[Operation]) -> Choice:
+    """These operations, whatever the tree."""
+    following = iter(sequence)
+    return lambda _: next(following, None)
 
 
 def state(directory: Path, since_ns: int) -> State:
@@ -123,12 +132,14 @@ class Pair:
     def is_exhausted(self, start: str) -> bool:
         return self.taken.get(start, 0) == SUPPLY
 
-    def run(self, start: str, sequence: Sequence[Operation]) -> None:
-        """Run the sequence on both sides, comparing each outcome, then the trees. Raises Difference."""
+    def run(self, start: str, choose: Choice) -> None:
+        """Run operations on both sides, comparing each outcome, then the trees. Raises Difference."""
         number = self.taken[start] = self.taken.get(start, 0) + 1
         name = f"{start}{number - 1}"
+        sequence: list[Operation] = []
         self.ran[name] = (start, sequence)
-        for position, operation in enumerate(sequence):
+        while (operation := choose(self.kernel.merged / name)) is not None:
+            sequence.append(operation)
             if isinstance(operation, Remount):
                 # Ours alone: the kernel is the reference, and refuses an upper again (EBUSY) for as long as any mount namespace on
                 # the machine, which somebody may just have made, still holds the mount.
@@ -136,8 +147,7 @@ class Pair:
                 continue
             expected, got = (self._outcome(side / name, operation) for side in (self.kernel.merged, self.ours.merged))
             if expected != got:
-                what = f"after {position} operations, {operation}:\n  kernel: {expected}\n  ours:   {got}"
-                raise Difference(what, start, sequence[: position + 1])
+                raise Difference(f"{operation}:\n  kernel: {expected}\n  ours:   {got}", start, sequence)
         expected_state, got_state = (state(side / name, self.since_ns) for side in (self.kernel.merged, self.ours.merged))
         _forgive_touched_directories(expected_state, got_state)
         if found := difference(expected_state, got_state):
@@ -187,13 +197,13 @@ class Arena:
     base: Path
     pairs: list[Pair] = field(default_factory=list)
 
-    def run(self, start: str, sequence: Sequence[Operation]) -> None:
+    def run(self, start: str, choose: Choice) -> None:
         if not self.pairs or self.pairs[-1].is_exhausted(start):
             self.judge_the_disks()
             directory = self.base / f"pair{len(self.pairs)}"
             directory.mkdir()
             self.pairs.append(Pair(directory))
-        self.pairs[-1].run(start, sequence)
+        self.pairs[-1].run(start, choose)
 
     def judge_the_disks(self) -> None:
         if self.pairs and self.pairs[-1].kernel.mounted():

@@ -113,6 +113,16 @@ def _remove(path: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Replace(Operation):
+    """rm -r, then mkdir: the new directory must be empty, now and after a remount."""
+
+    def apply(self) -> object:
+        _remove(self.path)
+        os.mkdir(self.path, 0o755)
+        return os.listdir(self.path)
+
+
+@dataclass(frozen=True, slots=True)
 class Rename(Operation):
     target: str
 

@@ -20,12 +20,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from pyoverlay.core.attributes import Wanted
 from pyoverlay.core.inode import Directory as DirectoryInode
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
-from pyoverlay.testing import Directory, Entry, File, HardLink, Symlink, Tree, Whiteout, make_tree, snapshot, witness
+from pyoverlay.testing import Directory, Entry, File, Symlink, Tree, Whiteout, make_tree, snapshot, witness
 from tests.posix.kernel_overlay import FULL, KernelOverlay
 from tests.unit.merged import Merged, TreeSeen, timeless
 
@@ -94,13 +93,22 @@ class Sequence:
 
     lowers: tuple[Tree, ...]
     links: tuple[tuple[str, str], ...]
+    earlier: tuple[Operation, ...]  # what an earlier mount of the kernel's did: its upper is the top lower
     operations: tuple[Operation, ...]
     forgets: frozenset[int]
     limit: int
 
     def __str__(self) -> str:
         lines = [f"lower {number}: {tree!r}" for number, tree in enumerate(self.lowers, 1)]
-        return "\n".join([*lines, f"links {self.links}", f"descriptors {self.limit}", *(f"{step!r}" for step in self.operations)])
+        return "\n".join(
+            [
+                *lines,
+                f"links {self.links}",
+                f"earlier {self.earlier}",
+                f"descriptors {self.limit}",
+                *(f"{step!r}" for step in self.operations),
+            ]
+        )
 
 
 def without_ghosts(tree: Tree, below: tuple[Tree, ...]) -> Tree:
@@ -138,6 +146,7 @@ sequences = st.builds(
     make_sequence,
     st.lists(lower_trees, min_size=1, max_size=3),
     st.lists(st.tuples(paths, paths), max_size=2).map(tuple),
+    st.lists(operations, max_size=8).map(tuple),
     st.lists(operations, min_size=1, max_size=LENGTH).map(tuple),
     st.frozensets(st.integers(0, LENGTH), max_size=3),
     st.sampled_from([4, 1000]),
@@ -319,22 +328,24 @@ def is_linked(entry: Entry) -> bool:
 
 
 def without_ephemeral_links(tree: TreeSeen) -> TreeSeen:
-    """A lower file's several names stay one file for as long as a mount lasts and the inode is known, as in the kernel with its index; the core keeps
-    no index on disk, so across mounts and FORGET only the names that were looked up before the copy-up lead to the copy.
+    """A lower file's several names stay one file for as long as a mount lasts and the inode is known, as in the kernel with its index;
+    the core keeps no index on disk, so across mounts and FORGET only the names that were looked up before the copy-up lead to the copy.
     """
     return {path: replace(entry, nlink=0, first_name=b"", digest="", size=0, mode=0, uid=0, gid=0, xattrs=()) if is_linked(entry) else entry
             for path, entry in tree.items()}  # fmt: skip
 
 
 def difference(one: dict[bytes, Any], other: dict[bytes, Any]) -> list[str]:
-    return [f"{path!r}: {one.get(path)} != {other.get(path)}" for path in sorted(one.keys() | other.keys()) if one.get(path) != other.get(path)]
+    return [
+        f"{path!r}: {one.get(path)} != {other.get(path)}" for path in sorted(one.keys() | other.keys()) if one.get(path) != other.get(path)
+    ]
 
 
 def marks_of(upper: Path) -> dict[bytes, tuple[object, ...]]:
     """Path to (what it is, opaque, redirect) of whiteouts and marked directories.
 
-    Copies of a lower's directories are left out: the core copies up the directories above an object before it asks the upper whether the change is possible,
-    the kernel some of the time.
+    Copies of a lower's directories are left out: the core copies up the directories above an object before it asks the upper whether the
+    change is possible, the kernel some of the time.
     """
     found: dict[bytes, tuple[object, ...]] = {}
     for path, entry in snapshot(upper).items():
@@ -360,6 +371,21 @@ class Bench:
         self.ours, self.theirs, self.mount_point = base / "ours", base / "theirs", base / "merged"
         for directory in (self.ours, self.theirs, self.mount_point):
             directory.mkdir()
+        if sequence.earlier:
+            self._run_earlier(sequence.earlier)
+
+    def _run_earlier(self, operations: tuple[Operation, ...]) -> None:
+        upper = self.base / "earlier"
+        upper.mkdir()
+        kernel = self.kernel(upper, FULL)
+        kernel.mount()
+        try:
+            side = KernelSide(self.mount_point)
+            for operation in operations:
+                answer(side.run, operation)
+        finally:
+            kernel.close()
+        self.lowers.insert(0, upper)
 
     @staticmethod
     def _link(old: Path, new: Path) -> None:
@@ -411,14 +437,18 @@ def compare_disks(bench: Bench, our_tree: TreeSeen, their_tree: TreeSeen) -> Non
         seen = timeless(snapshot(bench.mount_point))
     finally:
         kernel.close()
-    assert difference(without_ephemeral_links(seen), without_ephemeral_links(our_tree)) == [], "the kernel sees another tree in our upper (kernel, ours)"
+    assert difference(without_ephemeral_links(seen), without_ephemeral_links(our_tree)) == [], (
+        "the kernel sees another tree in our upper (kernel, ours)"
+    )
     for upper, tree, whose in ((bench.ours, our_tree, "our"), (bench.theirs, their_tree, "the kernel's")):
         merged = bench.core(upper, f"work-over-{upper.name}", 1000)
         try:
             seen = timeless(merged.tree())
         finally:
             merged.view.close()
-        assert difference(without_ephemeral_links(seen), without_ephemeral_links(tree)) == [], f"a fresh view sees another tree in {whose} upper (fresh, live)"
+        assert difference(without_ephemeral_links(seen), without_ephemeral_links(tree)) == [], (
+            f"a fresh view sees another tree in {whose} upper (fresh, live)"
+        )
     assert difference(marks_of(bench.ours), marks_of(bench.theirs)) == [], "the marks differ (ours, the kernel's)"
 
 
@@ -428,7 +458,13 @@ def numbers() -> Iterator[int]:
 
 
 @pytest.mark.timeout(3600)
-@settings(max_examples=SEQUENCES, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink), print_blob=True)
+@settings(
+    max_examples=SEQUENCES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    print_blob=True,
+)
 @given(sequence=sequences)
 def test_the_core_and_the_kernel_do_the_same(tmp_path_factory: pytest.TempPathFactory, sequence: Sequence) -> None:
     note(str(sequence))

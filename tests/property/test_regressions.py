@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.property import operations as op
-from tests.property.arena import arena
+from tests.property.arena import arena, in_turn
 
 REGRESSIONS: dict[str, tuple[str, Sequence[op.Operation]]] = {
     "a_directory_moved_over_the_whiteout_of_another_stays_apart_from_it": (
@@ -31,5 +31,5 @@ REGRESSIONS: dict[str, tuple[str, Sequence[op.Operation]]] = {
 def test_once_different(name: str, tmp_path: Path) -> None:
     start, sequence = REGRESSIONS[name]
     with arena(tmp_path) as both:
-        both.run(start, sequence)
+        both.run(start, in_turn(sequence))
         both.judge_the_disks()

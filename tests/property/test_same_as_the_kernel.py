@@ -6,7 +6,6 @@ PYOVERLAY_SEQUENCES=N runs N sequences, drawn at random; without it a fixed choi
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.property.arena import TEMPLATES, arena
-from tests.property.operations import Operation
-from tests.property.strategies import sequences
+from tests.property.strategies import Paths, operations
 
 SEQUENCES = int(os.environ.get("PYOVERLAY_SEQUENCES", "200"))
+LONGEST = 30  # operations in a sequence
 
 
 @pytest.mark.root
@@ -35,9 +34,10 @@ def test_random_sequences_do_the_same_on_both_overlays_and_each_reads_the_others
             report_multiple_bugs=False,
             print_blob=False,
         )
-        @given(start=st.sampled_from(TEMPLATES), sequence=sequences)
-        def do_the_same(start: str, sequence: Sequence[Operation]) -> None:
-            both.run(start, sequence)
+        @given(start=st.sampled_from(TEMPLATES), length=st.integers(1, LONGEST), data=st.data())
+        def do_the_same(start: str, length: int, data: st.DataObject) -> None:
+            left = iter(range(length))
+            both.run(start, lambda tree: None if next(left, None) is None else data.draw(operations(Paths.of(tree))))
 
         do_the_same()
         both.judge_the_disks()

@@ -16,7 +16,9 @@ StackFactory = Callable[..., Stack]
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[StackFactory]:
-    """Makes layers and a merged view of them: `stack({"a": "lower"}, {"b": "below"}, upper={"c": "new"})`. At the end no lower has changed."""
+    """Makes layers and a merged view of them: `stack({"a": "lower"}, {"b": "below"}, upper={"c": "new"})`. At the end no lower has
+    changed.
+    """
     made: list[Stack] = []
 
     def make(*lowers: Tree, upper: Tree | None = None, policy: Policy = POLICY, limit: int | None = None) -> Stack:

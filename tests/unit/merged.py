@@ -1,7 +1,8 @@
-"""The merged view of plain directories, driven by paths: what the kernel does between a program and the core, and no more of it than the core relies on.
+"""The merged view of plain directories, driven by paths: what the kernel does between a program and the core, and no more of it than the
+core relies on.
 
-It walks paths, refuses what the VFS refuses before a file system is asked (EEXIST, ENOTDIR, a rename into itself), counts the references that look-ups
-give, and trims descriptors after each call. Symlinks are taken to lead nowhere.
+It walks paths, refuses what the VFS refuses before a file system is asked (EEXIST, ENOTDIR, a rename into itself), counts the references
+that look-ups give, and trims descriptors after each call. Symlinks are taken to lead nowhere.
 """
 
 from __future__ import annotations
@@ -344,7 +345,7 @@ class Faulty(Calls):
         self.at = at
         self.error = error
 
-    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401 - whatever the method is
+    def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         return partial(self._call, value) if name in _CALLS else value
 
@@ -358,7 +359,9 @@ class Faulty(Calls):
 class Stack:
     """Layers in a directory of the test's, and the merged view of them."""
 
-    def __init__(self, base: Path, lowers: tuple[Tree, ...], upper: Tree | None = None, policy: Policy = POLICY, limit: int | None = None) -> None:
+    def __init__(
+        self, base: Path, lowers: tuple[Tree, ...], upper: Tree | None = None, policy: Policy = POLICY, limit: int | None = None
+    ) -> None:
         self.policy = policy
         self.limit = limit
         self.lowers = [base / f"lower{number}" for number in range(1, len(lowers) + 1)]

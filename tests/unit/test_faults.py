@@ -1,4 +1,6 @@
-"""Every operation, failing or killed at each of the calls that change the upper: the merged tree is the old one, or, after a kill, each path old or new."""
+"""Every operation, failing or killed at each of the calls that change the upper: the merged tree is the old one, or, after a kill,
+each path old or new.
+"""
 
 from __future__ import annotations
 
@@ -111,15 +113,21 @@ CASES = {
     "rename_of_a_lower_file": Case(lambda m: m.rename("file", "new")),
     "rename_of_a_lower_file_over_a_lower_file": Case(lambda m: m.rename("file", "other")),
     "rename_of_a_lower_file_over_a_whiteout": Case(lambda m: m.rename("file", "other"), lambda m: m.unlink("other")),
-    "rename_of_an_upper_file_over_a_whiteout": Case(lambda m: m.rename("new", "other"), steps(lambda m: m.create("new"), lambda m: m.unlink("other"))),
+    "rename_of_an_upper_file_over_a_whiteout": Case(
+        lambda m: m.rename("new", "other"), steps(lambda m: m.create("new"), lambda m: m.unlink("other"))
+    ),
     "rename_of_an_upper_file_over_a_lower_file": Case(lambda m: m.rename("new", "file"), lambda m: m.create("new", b"new")),
     "rename_of_a_file_with_two_names": Case(lambda m: m.rename("first", "directory/third"), looked_up_links),
     "rename_of_a_symlink": Case(lambda m: m.rename("link", "directory/link")),
     "rename_of_an_upper_directory": Case(lambda m: m.rename("new", "newer"), steps(lambda m: m.mkdir("new"), lambda m: m.create("new/in"))),
-    "rename_of_an_upper_directory_over_a_whiteout": Case(lambda m: m.rename("new", "file"), steps(lambda m: m.mkdir("new"), lambda m: m.unlink("file"))),
+    "rename_of_an_upper_directory_over_a_whiteout": Case(
+        lambda m: m.rename("new", "file"), steps(lambda m: m.mkdir("new"), lambda m: m.unlink("file"))
+    ),
     "rename_of_an_upper_directory_over_a_lower_one": Case(lambda m: m.rename("new", "empty"), lambda m: m.mkdir("new")),
     "rename_of_an_upper_directory_over_an_emptied_one": Case(lambda m: m.rename("new", "full"), steps(lambda m: m.mkdir("new"), emptied)),
-    "rename_of_an_opaque_directory": Case(lambda m: m.rename("empty", "directory/new"), steps(lambda m: m.rmdir("empty"), lambda m: m.mkdir("empty"))),
+    "rename_of_an_opaque_directory": Case(
+        lambda m: m.rename("empty", "directory/new"), steps(lambda m: m.rmdir("empty"), lambda m: m.mkdir("empty"))
+    ),
     "rename_of_a_lower_directory": Case(lambda m: m.rename("directory", "new"), is_redirect=True),
     "rename_of_a_lower_directory_into_another": Case(lambda m: m.rename("directory", "empty/new"), is_redirect=True),
     "rename_of_a_lower_directory_over_a_lower_one": Case(lambda m: m.rename("directory", "empty"), is_redirect=True),
@@ -130,10 +138,14 @@ CASES = {
         lambda m: m.rename("directory", "file"), steps(lambda m: m.create("directory/new"), lambda m: m.unlink("file")), is_redirect=True
     ),
     "exchange_of_two_lower_files": Case(lambda m: m.rename("file", "other", RENAME_EXCHANGE)),
-    "exchange_of_an_upper_and_a_lower_file": Case(lambda m: m.rename("new", "directory/inside", RENAME_EXCHANGE), lambda m: m.create("new", b"n")),
+    "exchange_of_an_upper_and_a_lower_file": Case(
+        lambda m: m.rename("new", "directory/inside", RENAME_EXCHANGE), lambda m: m.create("new", b"n")
+    ),
     "exchange_of_a_file_and_an_upper_directory": Case(lambda m: m.rename("file", "new", RENAME_EXCHANGE), lambda m: m.mkdir("new")),
     "exchange_of_two_lower_directories": Case(lambda m: m.rename("directory", "full", RENAME_EXCHANGE), is_redirect=True),
-    "exchange_of_a_lower_file_and_a_lower_directory": Case(lambda m: m.rename("directory/inside", "full", RENAME_EXCHANGE), is_redirect=True),
+    "exchange_of_a_lower_file_and_a_lower_directory": Case(
+        lambda m: m.rename("directory/inside", "full", RENAME_EXCHANGE), is_redirect=True
+    ),
 }
 
 RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not case.is_redirect}
@@ -204,5 +216,3 @@ def test_a_kill_at_any_call_leaves_each_path_old_or_new(stack: StackFactory, nam
             assert seen.get(path) in (old.get(path), new.get(path)), f"call {at}: {path!r}"
         assert os.listdir(one.work / "work") == []
         one.close()
-
-

@@ -1,4 +1,6 @@
-"""Changing what an object says of itself: mode, owner, size, times, extended attributes. The object is in the upper: who calls has copied it up."""
+"""Changing what an object says of itself: mode, owner, size, times, extended attributes. The object is in the upper: who calls has
+copied it up.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def write(view: View, inode: Inode, data: bytes, offset: int) -> int:
 
 
 def drop_privileges_of(view: View, inode: Inode) -> None:
-    """Clear suid, sgid of an executable group, and file capabilities, as a write by somebody without CAP_FSETID does (file_remove_privs)."""
+    """Clear suid, sgid of an executable group, and file capabilities, as a write by somebody without CAP_FSETID does
+    (file_remove_privs).
+    """
     st = view.stat(inode)
     mode = st.st_mode & ~stat.S_ISUID
     if st.st_mode & stat.S_IXGRP:

@@ -1,7 +1,7 @@
 """What makes and removes names in the merged view. Each change becomes visible by one system call.
 
-Something made where the upper holds a whiteout is built in the work directory and put in its place; what removes something that a lower has puts a
-whiteout there. The steps are those of fs/overlayfs/dir.c.
+Something made where the upper holds a whiteout is built in the work directory and put in its place; what removes something that a lower
+has puts a whiteout there. The steps are those of fs/overlayfs/dir.c.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller
 
 
 def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
-    """A regular file without a name, open for reading and writing, as O_TMPFILE makes it: `link` can give it one. EOPNOTSUPP where the upper has none."""
+    """A regular file without a name, open for reading and writing, as O_TMPFILE makes it: `link` can give it one. EOPNOTSUPP where
+    the upper has none.
+    """
     if parent.is_orphan:
         raise failure(errno.ENOENT)
     copy_up_directory(view, parent)
@@ -81,6 +83,7 @@ def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller)
 
 
 def symlink(view: View, parent: Directory, name: bytes, target: bytes, caller: Caller) -> tuple[Inode, os.stat_result]:
+    """A symlink with that target, taken as it is."""
     calls = view.upper.calls
     _add(view, parent, name, caller, lambda dirfd, at: calls.symlink(target, at, dirfd))
     return _adopted(view, parent, name)
@@ -277,7 +280,9 @@ def _require_whiteout(view: View, parent: Directory, name: bytes) -> None:
 
 
 def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool = False) -> bool:
-    """Build something under a new name: in its place, or, where a whiteout is, in the work directory and then over that. Returns whether it is opaque."""
+    """Build something under a new name: in its place, or, where a whiteout is, in the work directory and then over that. Returns
+    whether it is opaque.
+    """
     _require_absent(view, parent, name)
     copy_up_directory(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
@@ -291,8 +296,8 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
         return is_directory
     if not is_directory or not parent.lowers or view.policy.redirect_dir is not RedirectDir.ON:
         return False
-    # Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below. That saves time and
-    # nothing else, and the directory is there already, so it may fail.
+    # Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below.
+    # That saves time and nothing else, and the directory is there already, so it may fail.
     try:
         upper.set_mark(dirfd, name, marks.OPAQUE, b"y")
     except OSError:
@@ -321,8 +326,8 @@ def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Calle
 def _nursery(view: View, parent: Directory) -> Iterator[tuple[int, bytes]]:
     """Where to build what shall appear in `parent`: (dirfd, free name).
 
-    A new object takes its group from a setgid directory and its ACL from a default ACL. Where the parent has one of these, a directory like it in those
-    two respects is made in the work directory, so that the file system itself does the inheriting.
+    A new object takes its group from a setgid directory and its ACL from a default ACL. Where the parent has one of these, a directory
+    like it in those two respects is made in the work directory, so that the file system itself does the inheriting.
     """
     upper = view.upper
     dirfd = view.upper_fd(parent)

@@ -4,8 +4,8 @@
     fill      the data, and it is on disk before the next step; touches two descriptors and nothing else, so it may run in a thread
     publish   owner, mode, xattrs, times, origin; then one rename makes it appear
 
-Leaving `prepare` without publishing removes what was made: so does every error between. The order within publish is that of fs/overlayfs/copy_up.c:
-chown clears suid, sgid and capabilities even for root, so owner comes first; data moves mtime, so times come last.
+Leaving `prepare` without publishing removes what was made: so does every error between. The order within publish is that of
+fs/overlayfs/copy_up.c: chown clears suid, sgid and capabilities even for root, so owner comes first; data moves mtime, so times come last.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import Directory, Inode, key_of
-from pyoverlay.core.layer import Place, Upper
+from pyoverlay.core.layer import Place, Upper, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import UPPER, View, failure
 
@@ -28,7 +28,9 @@ _BUFFER = 1 << 20
 
 
 class Copy:
-    """A copy-up under way. source: where the lower object lies; st: its attributes; fd: the copy's descriptor, of a regular file, else -1."""
+    """A copy-up under way. source: where the lower object lies; st: its attributes; fd: the copy's descriptor, of a regular file,
+    else -1.
+    """
 
     __slots__ = ("fd", "inode", "is_cancelled", "is_published", "size", "source", "source_fd", "st", "temporary", "upper")
 
@@ -164,8 +166,8 @@ def must_order(upper: Upper) -> bool:
 def publish(view: View, copy: Copy) -> None:
     """Make the copy appear under the name that the object has now: all of it, or nothing. Without a name it stays an open file.
 
-    Of a lower object with several names, those that were looked up all lead to the copy, on disk as well: the kernel without an index leaves the others the
-    old data.
+    Of a lower object with several names, those that were looked up all lead to the copy, on disk as well: the kernel without an index
+    leaves the others the old data.
     """
     inode, upper = copy.inode, copy.upper
     copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
@@ -202,17 +204,19 @@ def _name(view: View, copy: Copy, names: list[tuple[Directory, bytes]]) -> None:
             upper.calls.rename(upper.work_fd, copy.temporary, dirfd, first[1])
     except OSError:
         for parent, name in linked:
-            with suppress(OSError), keeping_times(upper, view.upper_fd(parent)) as dirfd:
+            with tolerated("a link of a copy-up that failed stays in the upper"), keeping_times(upper, view.upper_fd(parent)) as dirfd:
                 upper.calls.unlink(name, dirfd)
         raise
 
 
 @contextmanager
 def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
-    """A directory does not change because something in it was copied up: its times are put back, if they can be: what was copied up is there by then."""
+    """A directory does not change because something in it was copied up: its times are put back, if they can be: what was copied up
+    is there by then.
+    """
     before = os.stat(dirfd)
     yield dirfd
-    with suppress(OSError):
+    with tolerated("a directory keeps the time of a copy-up in it"):
         upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
 
 
@@ -269,22 +273,20 @@ def mark_impure(view: View, directory: Directory) -> None:
 
 
 def copy_up_directory(view: View, directory: Directory) -> None:
-    """A directory, and those above it first: an upper directory of the same attributes, merged with the lower ones."""
+    """A directory, those above it first: upper directories of the same attributes, merged with the lower ones. EROFS without an upper."""
     missing: list[Directory] = []
     above: Directory | None = directory
     while above is not None and not above.in_upper:
         missing.append(above)
         above = above.parent
-    view.upper  # noqa: B018 - EROFS without one
     for lower in reversed(missing):
         _copy_up_one(view, lower)
 
 
 def _copy_up_one(view: View, directory: Directory) -> None:
-    parent = directory.parent
+    upper, parent = view.upper, directory.parent
     if parent is None:
         raise failure(errno.ENOENT)  # removed meanwhile
-    upper = view.upper
     source = view.lower_place(directory)
     copy = Copy(upper, directory, source, os.stat(source.dirfd), 0)
     upper.is_dirty = True

@@ -1,15 +1,16 @@
 """Identity: which object is which, and what number it bears.
 
-An inode number is chosen once and kept over copy-up and rename. It is the lowest object's own number, with the file system's index in high bits
-where the layers lie on several; a number that another object holds is never given twice, the newcomer gets one from a range of its own.
+An inode number is chosen once and kept over copy-up and rename. It is the lowest object's own number, with the file system's index in
+high bits where the layers lie on several; a number that another object holds is never given twice, the newcomer gets one from a range of
+its own.
 
     bit 63 62      52                                                   0
         0  R  file system        the real object's number
            R = 1: reserved range, counted up from 2^62
 
-Objects are found by what they really are (`Key`): the layer, the number there. An upper object's number is free again the moment its last name
-goes, and ext4 gives it to the next file at once, before the kernel has forgotten the old one: so an object that loses its last name is pinned by
-a descriptor until FORGET.
+Objects are found by what they really are (`Key`): the layer, the number there. An upper object's number is free again the moment its
+last name goes, and ext4 gives it to the next file at once, before the kernel has forgotten the old one: so an object that loses its last
+name is pinned by a descriptor until FORGET.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class Inode(Held):
     """An object of the merged view.
 
     ino: its number, the node id of FUSE. format: S_IFMT of its mode, which never changes. nlookup: references the kernel holds.
-    in_upper: it has an upper object, which `parent` and `name` reach (or `pin`, once it has no name); before that they are the name by which it was
-    last looked up. links: further names like it, where known. lower_dir, lower_name: where its lower object is; kept after copy-up, since a hard link of
-    it may still be found there. lower_links: names of the lower object that still show and are not the upper's.
+    in_upper: it has an upper object, which `parent` and `name` reach (or `pin`, once it has no name); before that they are the name by
+    which it was last looked up. links: further names like it, where known. lower_dir, lower_name: where its lower object is; kept after
+    copy-up, since a hard link of it may still be found there. lower_links: names of the lower object that still show and are not the
+    upper's.
     has_origin: its number is that of a lower object, so that a directory of the upper that it enters is impure.
     fd: a data descriptor of the upper object if in_upper, else of the lower one.
     """
@@ -124,8 +126,8 @@ class Inode(Held):
 class Listing:
     """The complete list of a directory's names, each at an offset that stays its own while others come and go.
 
-    Offsets count up and are never used again, so that a reader who comes back (telldir, seekdir, an NFS cookie) finds its place. They start at 3:
-    the reader asks for what lies after an offset, and "." and ".." are 1 and 2.
+    Offsets count up and are never used again, so that a reader who comes back (telldir, seekdir, an NFS cookie) finds its place. They
+    start at 3: the reader asks for what lies after an offset, and "." and ".." are 1 and 2.
     """
 
     __slots__ = ("_names", "_next", "_offsets", "_order")
@@ -183,7 +185,8 @@ class Directory(Inode):
 
     lowers: its lower directories, top first; with `in_upper`, the upper one lies above them. redirect: the mark on its upper directory.
     listing: its names, when they are all known. is_impure: its upper directory is marked so, or None where nobody looked.
-    is_opaque: its upper directory bears the mark. dependants: inodes that have a name in it; it stays in the table as long as there are any.
+    is_opaque: its upper directory bears the mark. dependants: inodes that have a name in it; it stays in the table as long as there are
+    any.
     fd: O_PATH descriptor of its upper directory.
     """
 
@@ -226,7 +229,8 @@ class InodeTable:
     def number(self, fs: int, real_ino: int) -> int:
         """The number for a real object, free to be given: its own if nobody holds that."""
         ino = self.own_number(fs, real_ino)
-        if ino > ROOT_INO and (real_ino < 1 << _FS_SHIFT or fs == 0 and real_ino < _RESERVED) and ino not in self.by_ino:
+        fits = real_ino < (_RESERVED if fs == 0 else 1 << _FS_SHIFT)
+        if ino > ROOT_INO and fits and ino not in self.by_ino:
             return ino
         log.info("inode number %d of file system %d is held by another object: a reserved one is given", real_ino, fs)
         self._next_reserved += 1

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.policy import Fsync, Whiteouts
+
+log = logging.getLogger(__name__)
 
 _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
@@ -40,8 +43,8 @@ class Held:
 class DescriptorCache:
     """The open descriptors of Held objects, at most about `limit` of them.
 
-    Opening one never closes another: a caller may hold two numbers at once. `trim` does, and is called between operations. `before_close` is told of each
-    object before its number is free for another file.
+    Opening one never closes another: a caller may hold two numbers at once. `trim` does, and is called between operations.
+    `before_close` is told of each object before its number is free for another file.
     """
 
     def __init__(self, limit: int) -> None:
@@ -114,7 +117,9 @@ class LowerDir(Held):
 
 
 def open_below(fd: int, names: Sequence[bytes], resolve: int) -> int:
-    """O_PATH descriptor of the directory reached from `fd` by these names, however deep: a path longer than PATH_MAX is walked in pieces."""
+    """O_PATH descriptor of the directory reached from `fd` by these names, however deep: a path longer than PATH_MAX is walked in
+    pieces.
+    """
     here, piece, length = fd, list[bytes](), 0
     try:
         for name in itertools.chain(names, (None,)):
@@ -137,8 +142,8 @@ def open_below(fd: int, names: Sequence[bytes], resolve: int) -> int:
 class Layer:
     """One directory tree, read only by type: there is no method here that changes anything.
 
-    root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it lies on,
-    a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk.
+    root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it
+    lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk.
     """
 
     def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache) -> None:
@@ -257,7 +262,9 @@ class Layer:
 class Lower(Layer):
     """A lower: a Layer, and what a lower may spell differently from the upper."""
 
-    def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, whiteouts: Whiteouts) -> None:
+    def __init__(
+        self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, whiteouts: Whiteouts
+    ) -> None:
         super().__init__(root_fd, index, fs, is_clone=is_clone, mark_prefix=mark_prefix, cache=cache)
         self.root = LowerDir(self, None, b"")
         self._reads_aufs = whiteouts is not Whiteouts.KERNEL
@@ -329,7 +336,9 @@ class Place(NamedTuple):
 
 
 class Calls:
-    """The system calls that change an upper, one method each, and nothing else: tests put theirs in place of these to count, fail or kill."""
+    """The system calls that change an upper, one method each, and nothing else: tests put theirs in place of these to count, fail
+    or kill.
+    """
 
     def open(self, name: bytes, flags: int, mode: int, dirfd: int) -> int:
         return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
@@ -405,7 +414,8 @@ class Upper(Layer):
     """
 
     def __init__(
-        self, root_fd: int, work_fd: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, fsync: Fsync, calls: Calls | None = None
+        self, root_fd: int, work_fd: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, fsync: Fsync, calls:
+        Calls | None = None
     ) -> None:
         super().__init__(root_fd, 0, fs, is_clone=is_clone, mark_prefix=mark_prefix, cache=cache)
         self.work_fd = work_fd
@@ -420,7 +430,7 @@ class Upper(Layer):
 
     def close(self) -> None:
         if self._spare is not None:
-            with suppress(OSError):  # the next mount clears it
+            with tolerated("a whiteout stays in the work directory until the next mount"):
                 os.unlink(self._spare, dir_fd=self.work_fd)
         super().close()
         os.close(self.work_fd)
@@ -520,11 +530,22 @@ class Upper(Layer):
                 raise
 
     def discard(self, name: bytes) -> None:
-        """Remove what there is under a name of the work directory, a directory with all it holds. What cannot be removed is left for the next mount: it was
-        litter before, and what made it litter is done or has its own error to tell.
+        """Remove what there is under a name of the work directory, a directory with all it holds. What cannot be removed is left for the
+        next mount: it was litter before, and what made it litter is done or has its own error to tell.
         """
-        with suppress(OSError):
+        with tolerated("something stays in the work directory until the next mount"):
             remove_tree(self.work_fd, name)
+
+
+@contextmanager
+def tolerated(consequence: str) -> Iterator[None]:
+    """What fails inside is not worth failing for; the log says what follows from it."""
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s: %s", consequence, error.strerror)
 
 
 def readable_dir(dirfd: int) -> int:

@@ -38,6 +38,7 @@ _FB_CPU_ENDIAN = _BIG_ENDIAN if sys.byteorder == "big" else 0
 
 
 def is_whiteout_device(st: os.stat_result) -> bool:
+    """Is this the kernel's whiteout, the character device 0/0?"""
     return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
 
 

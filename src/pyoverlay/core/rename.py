@@ -1,26 +1,24 @@
 """Rename: one renameat2, after the marks that make its result right.
 
-A directory that lowers are part of keeps them by a redirect, set before it moves: at its old place it says nothing new. A directory of the upper alone that
-comes to a merged parent is marked opaque, or it would merge with what lowers have under its new name. What a lower has under the old name is hidden by a
-whiteout that the same system call leaves. The order is that of ovl_rename, fs/overlayfs/dir.c.
+A directory that lowers are part of keeps them by a redirect, set before it moves: at its old place it says nothing new. A directory of
+the upper alone that comes to a merged parent is marked opaque, or it would merge with what lowers have under its new name. What a lower
+has under the old name is hidden by a whiteout that the same system call leaves. The order is that of ovl_rename, fs/overlayfs/dir.c.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 from typing import NamedTuple
 
-from pyoverlay.core import marks, syscalls
+from pyoverlay.core import marks
 from pyoverlay.core.change import has_lower, in_upper, keep_alive
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing, key_of
-from pyoverlay.core.layer import Place
+from pyoverlay.core.layer import Place, tolerated
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from pyoverlay.core.view import UPPER, View, failure
-
 
 _LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold
 
@@ -36,8 +34,8 @@ class Entry(NamedTuple):
 def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Directory, new_name: bytes, flags: int = 0) -> None:
     """rename(2) and renameat2(2) in the merged view.
 
-    Files must have been copied up (`copyup`), or are copied up here, data and all. EXDEV: a directory of a lower, without redirects. EINVAL: RENAME_WHITEOUT,
-    as ovl_rename answers.
+    Files must have been copied up (`copyup`), or are copied up here, data and all. EXDEV: a directory of a lower, without redirects.
+    EINVAL: RENAME_WHITEOUT, as ovl_rename answers.
     """
     if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
         raise failure(errno.EINVAL)
@@ -164,7 +162,7 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
     if over_whiteout and (leaves_whiteout or isinstance(old.inode, Directory)):
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
         if not leaves_whiteout:
-            with suppress(OSError):  # the rename is done; a whiteout over nothing hides nothing
+            with tolerated("a whiteout that hides nothing stays in the upper"):  # the rename is done
                 upper.calls.unlink(old.name, from_fd)
     else:
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_WHITEOUT if leaves_whiteout else 0)

@@ -1,7 +1,7 @@
 """From paths to layers: the only place where the core takes a path from outside, before anything is mounted.
 
-Where the process may, each lower becomes a detached clone of its mount, read-only and without atime; the upper and the work directory come from one clone of
-the mount they share, since a rename between two clones is EXDEV.
+Where the process may, each lower becomes a detached clone of its mount, read-only and without atime; the upper and the work directory
+come from one clone of the mount they share, since a rename between two clones is EXDEV.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _OPEN_UPPER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # syncfs(2) refuses O
 def open_view(lowers: Sequence[bytes], upper: bytes | None, work: bytes | None, policy: Policy) -> View:
     """Open the layers, from the top, and clear what an earlier mount left in the work directory.
 
-    Paths are absolute. Raises OSError with the path as its filename: what open(2) raises, EXDEV (upper and work on two mounts), EROFS, EPERM or EOPNOTSUPP (no
-    extended attributes in the work directory).
+    Paths are absolute. Raises OSError with the path as its filename: what open(2) raises, EXDEV (upper and work on two mounts), EROFS,
+    EPERM or EOPNOTSUPP (no extended attributes in the work directory).
     """
     cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
     prefix = marks.USER if policy.userxattr else marks.TRUSTED
@@ -143,8 +143,8 @@ def _open_inner_work(work_fd: int, work: bytes) -> int:
 def keeps_order(fd: int) -> bool:
     """Does this file system keep a rename behind data that was written out before it? xfs, and ext4 with a journal.
 
-    Measured with a shutdown that loses the log's tail: of 500 files none was torn after sync_file_range, all were without. statfs cannot tell ext4 with and
-    without a journal apart; /sys/fs/ext4/DEVICE/journal_task can.
+    Measured with a shutdown that loses the log's tail: of 500 files none was torn after sync_file_range, all were without. statfs cannot
+    tell ext4 with and without a journal apart; /sys/fs/ext4/DEVICE/journal_task can.
     """
     dev = os.fstat(fd).st_dev
     try:

@@ -108,7 +108,8 @@ def fchmodat(dirfd: int, name: bytes, mode: int) -> None:
 def utimensat(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     """utimensat(2) on the name itself, never on what a symlink points to. None leaves a time alone. Empty name: dirfd itself."""
     times = b"".join(
-        struct.pack("qq", 0, UTIME_OMIT) if time is None else struct.pack("qq", *divmod(time, 1_000_000_000)) for time in (atime_ns, mtime_ns)
+        struct.pack("qq", 0, UTIME_OMIT) if time is None else struct.pack("qq", *divmod(time, 1_000_000_000)) for time in (atime_ns,
+        mtime_ns)
     )
     if _utimensat(dirfd, name, times, AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH):
         raise _failed(name)

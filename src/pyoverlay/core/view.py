@@ -1,8 +1,9 @@
 """The merged view: which object a name stands for, what a directory lists, what an object says of itself.
 
-Nothing here changes a layer. A name is looked for in the upper, then in the lowers from the top. The first object found is the one, unless it is a
-directory: then directories of that name further down are merged with it, until something hides them: a whiteout, an opaque mark, an object that is no
-directory. It is ovl_lookup of fs/overlayfs/namei.c, step for step.
+Nothing here changes a layer. A name is looked for in the upper, then in the lowers from the top. The first object found is the one,
+unless it is a
+directory: then directories of that name further down are merged with it, until something hides them: a whiteout, an opaque mark, an
+object that is no directory. It is ovl_lookup of fs/overlayfs/namei.c, step for step.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ def failure(code: int) -> OSError:
 class View:
     """The layers as one tree.
 
-    lowers: from the top. upper: None in a read-only mount. masked: (st_dev, st_ino) of the directories that show empty inside a lower: our own upper and
-    work directory. The layers and the cache are owned: `close` closes them.
+    lowers: from the top. upper: None in a read-only mount. masked: (st_dev, st_ino) of the directories that show empty inside a lower:
+    our own upper and work directory. The layers and the cache are owned: `close` closes them.
     """
 
-    def __init__(self, lowers: tuple[Lower, ...], upper: Upper | None, policy: Policy, cache: DescriptorCache, masked: frozenset[tuple[int, int]]) -> None:
+    def __init__(
+        self, lowers: tuple[Lower, ...], upper: Upper | None, policy: Policy, cache: DescriptorCache, masked: frozenset[tuple[int, int]]
+    ) -> None:
         self.lowers = lowers
         self.policy = policy
         self.cache = cache
@@ -233,7 +236,9 @@ class View:
         return st
 
     def nlink(self, inode: Inode, st: os.stat_result) -> int:
-        """A directory with several halves has one link, as the kernel's overlay says too: the true count would cost a scan, and `find` trusts 1."""
+        """A directory with several halves has one link, as the kernel's overlay says too: the true count would cost a scan, and
+        `find` trusts 1.
+        """
         if isinstance(inode, Directory):
             if inode.is_orphan:
                 return 0
@@ -245,7 +250,9 @@ class View:
         return layer.readlink(dirfd, name)
 
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
-        """A caller's extended attribute; its own names in our spelling are kept one level deeper. ENODATA where there is none, EOPNOTSUPP."""
+        """A caller's extended attribute; its own names in our spelling are kept one level deeper. ENODATA where there is none,
+        EOPNOTSUPP.
+        """
         layer, dirfd, at = self.place(inode)
         return layer.read_xattr(dirfd, at, marks.escape_xattr(name, layer.mark_prefix))
 
@@ -400,8 +407,8 @@ class View:
     def _upper_number(self, parent: Directory, name: bytes, st: os.stat_result) -> int:
         """The number of what it was copied up from, if that is known: it had that before.
 
-        Only an impure directory has such entries. A lower object with several names is told apart from its copies, unless an index keeps them together
-        (ovl_getattr), so then the copy has its own.
+        Only an impure directory has such entries. A lower object with several names is told apart from its copies, unless an index keeps
+        them together (ovl_getattr), so then the copy has its own.
         """
         if self._is_impure(parent):
             value = self.upper.getmark(self.upper_fd(parent), name, marks.ORIGIN)
@@ -428,11 +435,10 @@ class View:
 
     def _find_origin(self, origin: marks.Origin) -> tuple[int, os.stat_result] | None:
         """(file system, attributes) of the object that a handle names, or None: gone, of another file system, or we may not ask."""
-        for fs, (uuid, mount_fd) in self._filesystems.items():
-            if uuid == origin.uuid:
-                break
-        else:
+        same = [(fs, fd) for fs, (uuid, fd) in self._filesystems.items() if uuid == origin.uuid]
+        if not same:
             return None
+        fs, mount_fd = same[0]
         try:
             fd = syscalls.open_by_handle_at(mount_fd, origin.handle, os.O_PATH)
         except OSError:
@@ -493,7 +499,8 @@ class View:
     def _descend(self, base: LowerDir, names: tuple[bytes, ...], *, is_last: bool) -> _Step:
         """Follow a path in one layer, reading on each directory the marks that count for the layers below."""
         here, layer, below, from_root, hides_below = base, base.layer, names, False, False
-        # The last of these parents may still lead on, by an absolute redirect, to layers that have no such parent; the lowest layer leads nowhere.
+        # The last of these parents may still lead on, by an absolute redirect, to layers that have no such parent; the lowest layer
+        # leads nowhere.
         has_marks = layer is not self.lowers[-1] if self._follows_redirects else not is_last
         st: os.stat_result | None = None
         for place, name in enumerate(names):
@@ -555,7 +562,8 @@ class View:
         upper, dirfd = self.upper, self.upper_fd(directory)
         for entry in upper.scan(dirfd):
             name = os.fsencode(entry.name)
-            is_plain = entry.is_dir(follow_symlinks=False) or entry.is_symlink() or (entry.is_file(follow_symlinks=False) and not directory.has_xattr_whiteouts)
+            is_file = entry.is_file(follow_symlinks=False)
+            is_plain = entry.is_symlink() or entry.is_dir(follow_symlinks=False) or (is_file and not directory.has_xattr_whiteouts)
             st = None if is_plain else upper.stat(dirfd, name)
             if st is not None and upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=directory.has_xattr_whiteouts):
                 hidden.add(name)

@@ -1,10 +1,11 @@
-"""FUSE requests to core calls and back. A handler translates, awaits a copy-up where one is due, calls core once, and translates the answer.
+"""FUSE requests to core calls and back. A handler translates, awaits a copy-up where one is due, calls core once, and translates the
+answer.
 
-Handlers run straight through on the loop: two can interleave only at an await, and the only awaits are for a copy-up's data, an fsync, and a read that is
-not in the page cache. What is true before such an await is looked up again after it.
+Handlers run straight through on the loop: two can interleave only at an await, and the only awaits are for a copy-up's data, an fsync,
+and a read that is not in the page cache. What is true before such an await is looked up again after it.
 
-A file handle is the node id: descriptors belong to inodes, not to opens. So an open costs nothing, copy-up happens at the first write and not at the open for
-writing, and a descriptor opened before a copy-up reads what is written after it.
+A file handle is the node id: descriptors belong to inodes, not to opens. So an open costs nothing, copy-up happens at the first write
+and not at the open for writing, and a descriptor opened before a copy-up reads what is written after it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def handler(method: Method) -> Method:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except pyfuse3.FUSEError:
             raise
-        except Exception:  # noqa: BLE001 - one request must not end the mount
+        except Exception:  # a bug costs its caller one EIO, never the mount
             log.exception("%s failed", method.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:

@@ -1,8 +1,9 @@
-"""The handlers of a mount whose requests come through the extension: what pyfuse3 alone cannot serve, and what then need not be asked at all.
+"""The handlers of a mount whose requests come through the extension: what pyfuse3 alone cannot serve, and what then need not be asked at
+all.
 
-No OPEN and no OPENDIR: both are answered ENOSYS once, and the kernel never asks again; it takes every file as open and tells us so by node number. Data: the
-extension reads and writes by itself between descriptors that are registered here. HANDLE_KILLPRIV_V2: the kernel leaves it to us to take suid, sgid and file
-capabilities away, and says with each request whether the caller's writing must.
+No OPEN and no OPENDIR: both are answered ENOSYS once, and the kernel never asks again; it takes every file as open and tells us so by
+node number. Data: the extension reads and writes by itself between descriptors that are registered here. HANDLE_KILLPRIV_V2: the kernel
+leaves it to us to take suid, sgid and file capabilities away, and says with each request whether the caller's writing must.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class WiredOperations(Operations):
     # -- the data lanes
 
     def _register(self, inode: Inode) -> None:
-        """From now on the extension moves this file's data. What it writes is not seen here, so the upper counts as dirty from the start."""
+        """From now on the extension moves this file's data. What it writes is not seen here, so the upper counts as dirty from the
+        start.
+        """
         if inode.is_writable:
             self.view.upper.is_dirty = True
         self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1)
@@ -67,8 +70,8 @@ class WiredOperations(Operations):
 
     # -- what is known not to be there
     #
-    # With POSIX_ACL the kernel asks for the ACL of each inode that somebody but its owner uses, or that is changed; most have none. Once that is known the
-    # extension says so.
+    # With POSIX_ACL the kernel asks for the ACL of each inode that somebody but its owner uses, or that is changed; most have none. Once
+    # that is known the extension says so.
 
     def _drop(self, inode: Inode) -> None:
         self._wire.no_xattr(inode.ino, False)
@@ -171,7 +174,9 @@ class WiredOperations(Operations):
             self._drop_privileges(ino)
 
     async def lseek(self, ino: int, offset: int, whence: int) -> int:
-        """SEEK_DATA and SEEK_HOLE. What a shared map has dirtied is written back first: the kernel asks us without doing so (fuse_lseek)."""
+        """SEEK_DATA and SEEK_HOLE. What a shared map has dirtied is written back first: the kernel asks us without doing so
+        (fuse_lseek).
+        """
         inode = self.view.inode(ino)
         await self._write_back(ino)
         fd = self.view.data_fd(inode)

@@ -18,6 +18,18 @@ def mounted(session: Callable[..., Any]) -> Any:
     return session(flags=["NO_OPEN_SUPPORT", "HANDLE_KILLPRIV_V2"], lanes=True)
 
 
+def _reads(mounted: Any) -> int:
+    """By the receiver, or by a thread if the page was not in the cache at that moment."""
+    lanes = mounted.lanes()
+    return int(lanes["reads"] + lanes["queued_reads"])
+
+
+def _writes(mounted: Any) -> int:
+    """By the receiver, or by a thread if the write before was slow."""
+    lanes = mounted.lanes()
+    return int(lanes["writes"] + lanes["queued_writes"])
+
+
 def uncached(path: Path) -> None:
     """Empty the kernel's cache of the mount's file, so that the next read asks."""
     fd = os.open(path, os.O_RDONLY)
@@ -33,9 +45,8 @@ def test_read_and_write_of_a_registered_node_never_reach_python(mounted: Any) ->
     uncached(path)
     assert path.read_bytes() == data
     assert (mounted.root / "file").read_bytes() == data
-    lanes = mounted.lanes()
-    assert lanes["writes"] + lanes["queued_writes"] == mounted.opcodes()[16] == 3
-    assert lanes["reads"] + lanes["queued_reads"] == mounted.opcodes()[15]
+    assert _writes(mounted) == mounted.opcodes()[16] == 3
+    assert _reads(mounted) == mounted.opcodes()[15]
     assert not {"read", "write"} & {name for name, _ in mounted.tell("handles")}
 
 
@@ -47,7 +58,7 @@ def test_a_node_whose_lane_is_cleared_goes_back_to_python(mounted: Any) -> None:
     uncached(path)
     assert path.read_bytes() == b"by python"
     assert {name for name, _ in mounted.tell("handles")} >= {"read", "write"}
-    assert mounted.lanes()["writes"] == 1
+    assert _writes(mounted) == 1
 
 
 def test_what_is_not_in_the_page_cache_is_read_by_a_thread(mounted: Any) -> None:
@@ -91,7 +102,7 @@ def test_a_full_file_system_is_told_by_the_write_itself(full: Path, session: Cal
         assert os.fstat(fd).st_size == 65536
     finally:
         os.close(fd)
-    assert mounted.lanes()["writes"] == 2
+    assert _writes(mounted) == 2
 
 
 def test_a_write_that_takes_suid_away_is_pythons(mounted: Any) -> None:
@@ -99,11 +110,11 @@ def test_a_write_that_takes_suid_away_is_pythons(mounted: Any) -> None:
     for path, mode in ((plain, 0o666), (suid, 0o4777)):
         path.write_bytes(b"old")
         path.chmod(mode)
-    writes = mounted.lanes()["writes"]
+    writes = _writes(mounted)
     _write_as_nobody(plain)
-    assert mounted.lanes()["writes"] == writes + 1
+    assert _writes(mounted) == writes + 1
     _write_as_nobody(suid)
-    assert mounted.lanes()["writes"] == writes + 1
+    assert _writes(mounted) == writes + 1
     assert ["write", True] in mounted.tell("handles")
 
 
@@ -155,12 +166,6 @@ def test_a_thousand_nodes_come_and_go(mounted: Any) -> None:
     assert _reads(mounted) == before + 500
 
 
-def _reads(mounted: Any) -> int:
-    """By the receiver, or by a thread if the page was not in the cache at that moment."""
-    lanes = mounted.lanes()
-    return int(lanes["reads"] + lanes["queued_reads"])
-
-
 def test_a_stream_of_lane_reads_leaves_the_loop_its_turns(mounted: Any) -> None:
     path = mounted.mountpoint / "file"
     path.write_bytes(bytes(1 << 16))
@@ -176,8 +181,8 @@ while True: os.preadv(fd, [page], 0)
         reader.stdout.readline()
         for _ in range(20):
             mounted.tell("waiting")
-        first = mounted.lanes()["reads"]
-        while mounted.lanes()["reads"] < first + 2000:
+        first = _reads(mounted)
+        while _reads(mounted) < first + 2000:
             pass
     finally:
         reader.kill()
