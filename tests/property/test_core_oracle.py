@@ -315,7 +315,7 @@ def answer(run: Callable[[Operation], object], operation: Operation) -> object:
     try:
         return run(operation)
     except OSError as error:
-        return errno.errorcode[error.errno]
+        return errno.errorcode[error.errno or 0]
 
 
 # -- what is compared

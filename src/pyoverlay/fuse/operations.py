@@ -155,6 +155,14 @@ class Operations(pyfuse3.Operations):
         """The number of the request being handled, where it is known; to be asked before the first await."""
         return 0
 
+    def _write_drops_privileges(self) -> bool:
+        """Must this WRITE take suid, sgid and capabilities away? The kernel does it by itself, with a SETATTR, unless told that we do."""
+        return False
+
+    def _setattr_drops_privileges(self) -> bool:
+        """The same for a SETATTR that truncates."""
+        return False
+
     async def _copied_up(self, ino: int) -> Inode:
         inode = self.view.inode(ino)
         if not inode.in_upper:
@@ -190,8 +198,13 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        drops_privileges = self._setattr_drops_privileges()
         await self._copy_up(known, wanted.size)
-        return self._entry(known, attributes.setattr(self.view, known, wanted))
+        st = attributes.setattr(self.view, known, wanted)
+        if drops_privileges:
+            attributes.drop_privileges_of(self.view, known)
+            st = self.view.stat(known)
+        return self._entry(known, st)
 
     @handler
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -326,9 +339,13 @@ class Operations(pyfuse3.Operations):
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         inode = self.view.inode(fh)
+        drops_privileges = self._write_drops_privileges()
         if not inode.in_upper:
             await self._copy_up(inode)
-        return attributes.write(self.view, inode, buf, off)
+        written = attributes.write(self.view, inode, buf, off)
+        if drops_privileges:
+            attributes.drop_privileges_of(self.view, inode)
+        return written
 
     @handler
     async def flush(self, fh: int) -> None:

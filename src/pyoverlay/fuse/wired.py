@@ -139,24 +139,11 @@ class WiredOperations(Operations):
 
     # -- writing takes privileges away
 
-    @handler
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        kills = _WRITE_FLAGS.unpack_from(self._wire.request()[6])[0] & _WRITE_KILL_SUIDGID
-        written = await super().write(fh, off, buf)
-        if kills:
-            self._drop_privileges(fh)
-        return written
+    def _write_drops_privileges(self) -> bool:
+        return bool(_WRITE_FLAGS.unpack_from(self._wire.request()[6])[0] & _WRITE_KILL_SUIDGID)
 
-    @handler
-    async def setattr(
-        self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        kills = _SETATTR_VALID.unpack_from(self._wire.request()[6])[0] & _SETATTR_KILL_SUIDGID
-        entry = await super().setattr(inode, attr, fields, fh, ctx)
-        if not kills:
-            return entry
-        self._drop_privileges(inode)
-        return await self.getattr(inode, ctx)
+    def _setattr_drops_privileges(self) -> bool:
+        return bool(_SETATTR_VALID.unpack_from(self._wire.request()[6])[0] & _SETATTR_KILL_SUIDGID)
 
     def _drop_privileges(self, ino: int) -> None:
         attributes.drop_privileges_of(self.view, self.view.inode(ino))
