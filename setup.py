@@ -4,7 +4,7 @@ from setuptools import Extension, setup
 
 wire = Extension(
     "pyoverlay.fuse._wire",
-    ["src/pyoverlay/fuse/_wire.c", "src/pyoverlay/fuse/_lane.c"],
+    ["src/pyoverlay/fuse/_wire.c", "src/pyoverlay/fuse/_lane.c", "src/pyoverlay/fuse/_attributes.c"],
     depends=["src/pyoverlay/fuse/_lane.h"],
     define_macros=[("Py_LIMITED_API", "0x030b0000")],
     extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"],

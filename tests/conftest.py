@@ -45,7 +45,8 @@ def _origin(module: str) -> str:
 
 
 def _has_wire() -> bool:
-    return importlib.util.find_spec("pyoverlay.fuse._wire") is not None
+    """Whether mounts made here have the extension; PYOVERLAY_WIRE=0 in the environment has reached their daemons too."""
+    return os.environ.get("PYOVERLAY_WIRE") != "0" and importlib.util.find_spec("pyoverlay.fuse._wire") is not None
 
 
 def _state_of_fuse() -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.property.arena import TEMPLATES, arena
 from tests.property.strategies import Paths, operations
 
-SEQUENCES = int(os.environ.get("PYOVERLAY_SEQUENCES", "200"))
+SEQUENCES = int(os.environ.get("PYOVERLAY_SEQUENCES", "150"))
 LONGEST = 30  # operations in a sequence
 
 

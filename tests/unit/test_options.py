@@ -136,6 +136,8 @@ def meaning(string: str) -> dict[str, object]:
         ("fsync=strict", {"fsync": Fsync.STRICT}),
         ("fsync=0", {"fsync": Fsync.VOLATILE}),
         ("fsync=0,fsync=1", {}),
+        ("writeback", {"writeback": True}),
+        ("writeback=on,writeback=0", {}),
         ("squash_to_root", {"squash_uid": 0, "squash_gid": 0}),
         ("squash_to_uid=1000,squash_to_gid=100", {"squash_uid": 1000, "squash_gid": 100}),
         ("stop_timeout=2.5", {"stop_timeout": 2.5}),
@@ -174,7 +176,7 @@ def test_what_was_given_is_kept_for_people() -> None:
 @pytest.mark.parametrize(
     "option",
     ["index=on", "metacopy=on", "uidmapping=0:1:2", "gidmapping=:0:1:1000:1000:0:1", "xattr_permissions=1", "xattr_permissions=2",
-     "writeback", "writeback=1", "noacl", "noxattrs", "timeout=5", "uuid=on", "verity=require", "nfs_export=on", "remount"],
+     "noacl", "noxattrs", "timeout=5", "uuid=on", "verity=require", "nfs_export=on", "remount"],
 )  # fmt: skip
 def test_what_is_not_there_yet_is_refused_and_not_swallowed(option: str) -> None:
     message = refusal(LAYERS, option)

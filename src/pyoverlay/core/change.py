@@ -116,7 +116,7 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
         _require_whiteout(view, parent, name)
         temporary = upper.temporary()
         upper.calls.link(from_dirfd, from_name, upper.work_fd, temporary)
-        with _discarded_on_failure(upper, temporary):
+        with discarded_on_failure(upper, temporary):
             upper.calls.rename(upper.work_fd, temporary, dirfd, name)
     inode.add_name(parent, name)
     if parent.listing is not None:
@@ -137,7 +137,7 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
     if is_upper:
         keep_alive(view, inode, parent, name)
     if hides:
-        put_whiteout(upper, dirfd, name, over=is_upper)
+        put_whiteout(view, parent, name, over=is_upper)
     else:
         upper.calls.unlink(name, dirfd)
     dropped(view, inode, parent, name, was_lower_name=not is_upper)
@@ -157,9 +157,11 @@ def rmdir(view: View, parent: Directory, name: bytes) -> Directory:
     upper.is_dirty = True
     if directory.in_upper:
         keep_alive(view, directory, parent, name)
+        if hides:
+            ready_for_whiteouts(view, parent)
         _remove_upper_directory(upper, dirfd, name, hides=hides)
     else:
-        put_whiteout(upper, dirfd, name, over=False)
+        put_whiteout(view, parent, name, over=False)
     dropped(view, directory, parent, name, was_lower_name=False)
     return directory
 
@@ -168,7 +170,7 @@ def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes, *, hides: boo
     """It may hold whiteouts: then it goes to the work directory in one step, and is emptied there."""
     if hides:
         temporary = upper.whiteout()
-        with _discarded_on_failure(upper, temporary):
+        with discarded_on_failure(upper, temporary):
             upper.calls.rename(upper.work_fd, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
         upper.discard(temporary)
         return
@@ -199,13 +201,23 @@ def has_lower(view: View, parent: Directory, name: bytes) -> bool:
     return bool(parent.lowers) and view.find_lower(parent, name) is not None
 
 
-def put_whiteout(upper: Upper, dirfd: int, name: bytes, *, over: bool) -> None:
+def ready_for_whiteouts(view: View, directory: Directory) -> None:
+    """Where a whiteout is a marked file, the directory says that it may hold such: nobody then asks each empty file of the others."""
+    if directory.has_xattr_whiteouts or view.upper.can_make_devices():
+        return
+    view.upper.set_mark(view.upper_fd(directory), b".", marks.OPAQUE, b"x")
+    directory.has_xattr_whiteouts = True
+
+
+def put_whiteout(view: View, parent: Directory, name: bytes, *, over: bool) -> None:
     """A whiteout under a name: over a file of the upper, or where the upper has nothing."""
+    ready_for_whiteouts(view, parent)
+    upper, dirfd = view.upper, view.upper_fd(parent)
     if not over:
         upper.link_whiteout(dirfd, name)
         return
     temporary = upper.whiteout()
-    with _discarded_on_failure(upper, temporary):
+    with discarded_on_failure(upper, temporary):
         upper.calls.rename(upper.work_fd, temporary, dirfd, name)
 
 
@@ -233,7 +245,8 @@ def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_low
 
 
 @contextmanager
-def _discarded_on_failure(upper: Upper, temporary: bytes) -> Iterator[None]:
+def discarded_on_failure(upper: Upper, temporary: bytes) -> Iterator[None]:
+    """What was built in the work directory goes, if it does not get to its place."""
     try:
         yield
     except OSError:
@@ -335,7 +348,7 @@ def _nursery(view: View, parent: Directory) -> Iterator[tuple[int, bytes]]:
     acl = upper.getxattr(dirfd, b".", _ACL_DEFAULT)
     temporary = upper.temporary()
     if acl is None and not st.st_mode & stat.S_ISGID:
-        with _discarded_on_failure(upper, temporary):
+        with discarded_on_failure(upper, temporary):
             yield upper.work_fd, temporary
         return
     upper.calls.mkdir(temporary, 0o777, upper.work_fd)

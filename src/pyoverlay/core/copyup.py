@@ -186,8 +186,8 @@ def publish(view: View, copy: Copy) -> None:
             mark_impure(view, parent)
     _name(view, copy, names)
     copy.is_published = True
-    _adopt(view, copy, real)
     inode.lower_links -= len(names)
+    _adopt(view, copy, real)
 
 
 def _name(view: View, copy: Copy, names: list[tuple[Directory, bytes]]) -> None:

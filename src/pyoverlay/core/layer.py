@@ -426,6 +426,7 @@ class Upper(Layer):
         self._noatime = 0  # what lies in the upper belongs to the merged view: its atime moves as on any file system
         self._ids = (os.geteuid(), os.getegid())
         self._temporary = itertools.count(1)
+        self.takes_devices = True
         self._spare: bytes | None = None
 
     def close(self) -> None:
@@ -497,10 +498,30 @@ class Upper(Layer):
             except OSError as error:
                 if error.errno not in (errno.EMLINK, errno.ENOENT):  # ext4 allows 65,000 links
                     raise
-        self._spare = self.temporary()
-        self.calls.mknod(self._spare, stat.S_IFCHR, 0, self.work_fd)
-        self.calls.link(self.work_fd, self._spare, self.work_fd, name)
+        self.calls.link(self.work_fd, self._make_spare(), self.work_fd, name)
         return name
+
+    def _make_spare(self) -> bytes:
+        """The whiteout that all others are links of."""
+        spare = self.temporary()
+        if self.takes_devices:
+            try:
+                self.calls.mknod(spare, stat.S_IFCHR, 0, self.work_fd)
+            except PermissionError:
+                # The upper is itself an overlay: the kernel's and ours both refuse the device 0/0 to everybody.
+                log.warning("the upper's file system refuses whiteout devices: whiteouts are marked files, in directories marked opaque=x")
+                self.takes_devices = False
+        if not self.takes_devices:
+            os.close(self.calls.open(spare, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, self.work_fd))
+            self.set_mark(self.work_fd, spare, marks.WHITEOUT, b"y")
+        self._spare = spare
+        return spare
+
+    def can_make_devices(self) -> bool:
+        """Is a whiteout a device here? Found out by making the first one."""
+        if self._spare is None:
+            self._make_spare()
+        return self.takes_devices
 
     def link_whiteout(self, dirfd: int, name: bytes) -> None:
         """Put a whiteout where the upper has nothing: one call."""

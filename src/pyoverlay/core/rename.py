@@ -12,7 +12,7 @@ import os
 from typing import NamedTuple
 
 from pyoverlay.core import marks
-from pyoverlay.core.change import has_lower, in_upper, keep_alive
+from pyoverlay.core.change import discarded_on_failure, has_lower, in_upper, keep_alive, put_whiteout, ready_for_whiteouts
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
@@ -159,7 +159,9 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
         keep_alive(view, new.inode, new.parent, new.name)
     from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
     over_whiteout = not is_upper and upper.stat(to_fd, new.name) is not None
-    if over_whiteout and (leaves_whiteout or isinstance(old.inode, Directory)):
+    if leaves_whiteout and not upper.can_make_devices():
+        _replace_leaving_file(view, old, new, is_upper=is_upper, over_whiteout=over_whiteout)
+    elif over_whiteout and (leaves_whiteout or isinstance(old.inode, Directory)):
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
         if not leaves_whiteout:
             with tolerated("a whiteout that hides nothing stays in the upper"):  # the rename is done
@@ -168,6 +170,24 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_WHITEOUT if leaves_whiteout else 0)
     if new.inode is not None:
         _replaced(view, new.inode, new, was_lower_name=not is_upper)
+
+
+def _replace_leaving_file(view: View, old: Entry, new: Entry, *, is_upper: bool, over_whiteout: bool) -> None:
+    """As _replace where the file system has no RENAME_WHITEOUT: what is exchanged for the old name is a whiteout before or after.
+
+    Killed in between, the old name shows what was replaced: nothing is lost.
+    """
+    upper = view.upper
+    ready_for_whiteouts(view, old.parent)
+    from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
+    if not is_upper and not over_whiteout:
+        put_whiteout(view, new.parent, new.name, over=False)
+    upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
+    if is_upper:
+        temporary = upper.whiteout()
+        with discarded_on_failure(upper, temporary):
+            upper.calls.rename(upper.work_fd, temporary, from_fd, old.name, RENAME_EXCHANGE)
+        upper.discard(temporary)
 
 
 def _empty(view: View, directory: Directory, entry: Entry) -> None:

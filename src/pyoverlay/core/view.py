@@ -68,6 +68,7 @@ class View:
         self.name_max = max(os.statvfs(layer.root_fd).f_namemax for layer in (*lowers, *([upper] if upper is not None else [])))
         self.root = Directory(ROOT_INO, tuple(lower.root for lower in lowers))
         self.root.in_upper = upper is not None
+        self.root.has_xattr_whiteouts = upper is not None and upper.getmark(upper.root_fd, b".", marks.OPAQUE) == b"x"
         self.root.nlookup = 1
         self.table.add(self.root)
 

@@ -57,7 +57,10 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         proc = open_proc()
         held.callback(os.close, proc)
         session = Session(
-            operations_for(view, wire), point, stop_timeout=request.options.stop_timeout, who_holds=lambda: _who_holds(proc, point)
+            operations_for(view, wire, writeback=request.options.writeback),
+            point,
+            stop_timeout=request.options.stop_timeout,
+            who_holds=lambda: _who_holds(proc, point),
         )
         logs.stay_off_source_files()
 

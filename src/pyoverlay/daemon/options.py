@@ -47,6 +47,7 @@ class Options:
     userxattr: bool | None = None
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
+    writeback: bool = False
     squash_uid: int | None = None
     squash_gid: int | None = None
     stop_timeout: float = DEFAULT_STOP_TIMEOUT
@@ -174,6 +175,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "allow_other": {"allow_other": True},
     "userxattr": {"userxattr": True},
     "volatile": {"fsync": Fsync.VOLATILE},
+    "writeback": {"writeback": True},
     "squash_to_root": {"squash_uid": 0, "squash_gid": 0},
     **{name: {} for name in _HARMLESS},
 }
@@ -275,14 +277,13 @@ _VALUES: dict[str, Meaning] = {
     "nfs_export": _only(("off",), ("on",), "file handles do not outlive the mount"),
     "verity": _only(("off",), ("on", "require"), "digests are not checked"),
     "xattr_permissions": _only(("0",), ("1", "2"), "owner and mode are kept in the inode, not in an xattr"),
-    "writeback": _only(("0", "off"), ("1", "on"), "writes go through, so that errors come from write(2) itself"),
+    "writeback": _one_of("writeback", {"on": True, "off": False, "1": True, "0": False}),
     "inodes": _only((), (), "the kernel decides how many inodes it remembers"),
 }
 
 _NOT_YET = {
     "noacl": "ACLs are always enforced",
     "noxattrs": "extended attributes are always there",
-    "writeback": "writes go through, so that errors come from write(2) itself",
     "datadir+": "data-only layers are not read",
     "remount": "a live mount keeps its layers and options; unmount it and mount anew",
 }

@@ -1,4 +1,4 @@
-/* The lane: READ, WRITE and hopeless GETXATTR, answered without Python. See _lane.h for the lock.
+/* The lane: READ, WRITE, GETATTR, SETATTR and hopeless GETXATTR, answered without Python. See _lane.h for the lock.
  *
  * Nothing here may wait for a disk on the receiver's thread, since every other request waits behind it. So a READ is first tried with
  * RWF_NOWAIT, and what is not in the page cache goes to a few threads. A WRITE only waits where the kernel throttles the writer: it is
@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 enum {
-	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8,       /* struct node, flags */
+	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, ATTRIBUTES = 16,       /* struct node, flags */
 	DATA_AT = 4096,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
 	WRITE_KILL_SUIDGID = 4,
 	THREADS = 4,
@@ -160,14 +160,16 @@ static void delete_if_empty(struct node *n)
 		delete(n);
 }
 
-int lane_set(uint64_t node, int read_fd, int write_fd)
+int lane_set(uint64_t node, int read_fd, int write_fd, bool owns_attributes)
 {
 	struct node *n = read_fd < 0 && write_fd < 0 ? known(node) : known_or_new(node);
 	if (!n)
 		return read_fd < 0 && write_fd < 0 ? 0 : -ENOMEM;
 	n->read_fd = read_fd;
 	n->write_fd = write_fd;
-	n->flags &= ~(unsigned)(IN_MEMORY | NO_NOWAIT);        /* of the file system the old descriptor was on */
+	n->flags &= ~(unsigned)(IN_MEMORY | NO_NOWAIT | ATTRIBUTES);        /* of the file that the old descriptor was of */
+	if (owns_attributes && write_fd >= 0)
+		n->flags |= ATTRIBUTES;
 	delete_if_empty(n);
 	return 0;
 }
@@ -439,6 +441,26 @@ static bool answer_isatty(int device, const struct request *r)
 	return true;
 }
 
+static bool answer(int device, struct request *r, struct node *n)
+{
+	bool answered;
+
+	switch (header_of(r)->opcode) {
+	case OP_READ:
+		return answer_read(device, r, n);
+	case OP_WRITE:
+		return answer_write(device, r, n);
+	case OP_GETXATTR:
+		return answer_getxattr(device, r, n);
+	default:
+		if (!(n->flags & ATTRIBUTES))
+			return false;
+		answered = header_of(r)->opcode == OP_GETATTR ? answer_getattr(device, r, n->write_fd) : answer_setattr(device, r, n->write_fd);
+		counts.attributes += answered;
+		return answered;
+	}
+}
+
 bool lane_answer(int device, struct request *r)
 {
 	uint32_t opcode = header_of(r)->opcode;
@@ -446,16 +468,12 @@ bool lane_answer(int device, struct request *r)
 
 	if (opcode == OP_IOCTL)
 		return answer_isatty(device, r);
-	if (opcode != OP_READ && opcode != OP_WRITE && opcode != OP_GETXATTR)
+	if (opcode != OP_READ && opcode != OP_WRITE && opcode != OP_GETXATTR && opcode != OP_GETATTR && opcode != OP_SETATTR)
 		return false;
 	lane_lock();
 	struct node *n = known(header_of(r)->nodeid);
-	if (n && opcode == OP_READ)
-		answered = answer_read(device, r, n);
-	else if (n && opcode == OP_WRITE)
-		answered = answer_write(device, r, n);
-	else if (n)
-		answered = answer_getxattr(device, r, n);
+	if (n)
+		answered = answer(device, r, n);
 	lane_unlock();
 	return answered;
 }

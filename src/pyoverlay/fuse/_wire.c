@@ -481,13 +481,13 @@ static PyObject *whole_request(PyObject *self, PyObject *unused)
 static PyObject *lane(PyObject *self, PyObject *args)
 {
 	unsigned long long node;
-	int read_fd, write_fd;
+	int read_fd, write_fd, owns_attributes = 0;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "Kii", &node, &read_fd, &write_fd))
+	if (!PyArg_ParseTuple(args, "Kii|p", &node, &read_fd, &write_fd, &owns_attributes))
 		return NULL;
 	lock_lane();
-	int result = lane_set(node, read_fd, write_fd);
+	int result = lane_set(node, read_fd, write_fd, owns_attributes);
 	lane_unlock();
 	return none_or_memory_error(result);
 }
@@ -545,8 +545,8 @@ static PyObject *counts(PyObject *self, PyObject *unused)
 	PyObject *requests = requests_by_opcode();
 	if (!requests)
 		return NULL;
-	return Py_BuildValue("N{s:K,s:K,s:K,s:K,s:K,s:K,s:n}", requests, "reads", c.reads, "writes", c.writes, "xattrs", c.xattrs,
-		"isattys", c.isattys, "queued_reads", c.queued_reads, "queued_writes", c.queued_writes, "nodes", (Py_ssize_t)nodes);
+	return Py_BuildValue("N{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:n}", requests, "reads", c.reads, "writes", c.writes, "xattrs", c.xattrs,
+		"isattys", c.isattys, "attributes", c.attributes, "queued_reads", c.queued_reads, "queued_writes", c.queued_writes, "nodes", (Py_ssize_t)nodes);
 }
 
 static PyObject *is_idle(PyObject *self, PyObject *unused)

@@ -14,6 +14,7 @@ class LaneCounts(TypedDict):
     writes: int
     xattrs: int
     isattys: int
+    attributes: int
     queued_reads: int
     queued_writes: int
     nodes: int
@@ -41,12 +42,15 @@ def request() -> tuple[int, int, int, int, int, int, bytes]:
 def whole_request() -> tuple[int, int, int, int, int, int, bytes]:
     """The same with the whole body."""
 
-def lane(node: int, read_fd: int, write_fd: int, /) -> None:
+def lane(node: int, read_fd: int, write_fd: int, owns_attributes: bool = False, /) -> None:
     """From now on answer READ of `node` from `read_fd` and WRITE by `write_fd`, in C; -1 is none, and leaves them to Python.
 
     The call waits while the receiver uses the node's descriptors: when it returns, what was registered before may be closed. Requests
     given to C threads use duplicates. WRITE goes to Python all the same if the caller's writing must take suid or sgid away; `write_fd`
     must therefore carry the node's real mode.
+
+    With `owns_attributes`, GETATTR and SETATTR are answered by `write_fd` as well: what fstat says of it, but for the number, is what the
+    node shows. A SETATTR that truncates, or takes suid or sgid away, goes to Python.
     """
 
 def no_xattr(node: int, absent: bool, /) -> None:

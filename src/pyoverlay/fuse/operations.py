@@ -101,8 +101,8 @@ class Operations(pyfuse3.Operations):
         entry.st_rdev = st.st_rdev
         entry.st_size = st.st_size
         entry.st_blocks = st.st_blocks
-        if not st.st_blocks and st.st_size and inode.is_regular:
-            # Delayed allocation: the data is there. With 0 blocks `tar -S` would take the file for one hole.
+        if not st.st_blocks and (st.st_size or self.enable_writeback_cache) and inode.is_regular:
+            # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
             entry.st_blocks = 1
         entry.st_blksize = st.st_blksize
         entry.st_atime_ns = st.st_atime_ns

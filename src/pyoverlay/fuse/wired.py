@@ -62,7 +62,8 @@ class WiredOperations(Operations):
         """
         if inode.is_writable:
             self.view.upper.is_dirty = True
-        self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1)
+        owns_attributes = inode.is_writable and not inode.lower_links and self._squash is None
+        self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
 
     def _unregister(self, held: Held) -> None:
         if isinstance(held, Inode) and held.is_regular:
@@ -262,7 +263,13 @@ class WiredOperations(Operations):
             inode.pins -= 1
 
 
-def operations_for(view: View, wire: Wire | None) -> Operations:
-    """The handlers for a mount with or without the extension."""
-    return Operations(view) if wire is None else WiredOperations(view, wire)
+def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) -> Operations:
+    """The handlers for a mount with or without the extension.
+
+    writeback: small writes gather in the page cache, which then decides about size and mtime, and a write that fails is heard of at
+    fsync or close at the earliest.
+    """
+    operations = Operations(view) if wire is None else WiredOperations(view, wire)
+    operations.enable_writeback_cache = writeback
+    return operations
 

@@ -240,8 +240,13 @@ def _errno_of_write(path: Path, errors: list[int | None]) -> None:
 
 
 def _python(code: str, **environment: str) -> str:
+    as_shipped = {"PYOVERLAY_WIRE": "1"}  # the suite itself may run without the extension
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **as_shipped, **environment},
     )
     return run.stdout.strip()
 

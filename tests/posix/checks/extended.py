@@ -322,13 +322,15 @@ def _inherits(d: Path) -> None:
     as_user(d, lambda: Path("team/file").write_bytes(b"by the named user"))
 
 
-add("what_is_made_inherits_a_default_acl_that_was_there", (folder("team"), xattr("team", ACL_DEFAULT, _DEFAULT)), _inherits)
-
-
-@check(folder("team"))
-def what_is_made_inherits_a_default_acl_just_set(d: Path) -> None:
+def _sets_and_inherits(d: Path) -> None:
     os.setxattr(d / "team", ACL_DEFAULT, _DEFAULT)
     _inherits(d)
+
+
+# Without DONT_MASK the kernel applies the umask before it asks, whatever ACL there is; pyfuse3 cannot set that flag.
+_TEAM = (folder("team"), xattr("team", ACL_DEFAULT, _DEFAULT))
+add("what_is_made_inherits_a_default_acl_that_was_there", _TEAM, _inherits, needs_wire=True)
+add("what_is_made_inherits_a_default_acl_just_set", (folder("team"),), _sets_and_inherits, needs_wire=True)
 
 
 @check(folder("team"))

@@ -1,0 +1,92 @@
+/* GETATTR and SETATTR of files whose descriptor tells all: fstat, fchown, fchmod, futimens.
+ *
+ * A file being unpacked or copied is asked for its attributes and given an owner, a mode and times: four requests, each of which would cost
+ * more in Python than the system call that answers it. What changes the size, or takes suid and sgid away, is left to Python.
+ */
+#define _GNU_SOURCE
+#include "_lane.h"
+
+#include <errno.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+enum {                                       /* FATTR_* of <linux/fuse.h> */
+	SET_MODE = 1 << 0, SET_UID = 1 << 1, SET_GID = 1 << 2, SET_ATIME = 1 << 4, SET_MTIME = 1 << 5, HAS_FH = 1 << 6,
+	ATIME_NOW = 1 << 7, MTIME_NOW = 1 << 8, HAS_LOCKOWNER = 1 << 9, SET_CTIME = 1 << 10,
+	KNOWN = SET_MODE | SET_UID | SET_GID | SET_ATIME | SET_MTIME | HAS_FH | ATIME_NOW | MTIME_NOW | HAS_LOCKOWNER | SET_CTIME,
+};
+enum { FOREVER = 1000000000 };               /* seconds: this mount is the only writer */
+
+/* The kernel's encoding of a device number in a message, new_encode_dev(). */
+static uint32_t encoded(dev_t device)
+{
+	uint32_t high = major(device), low = minor(device);
+	return (low & 0xff) | (high << 8) | ((low & ~0xffu) << 12);
+}
+
+static bool reply_attributes(int device, const struct request *r, int fd)
+{
+	struct stat st;
+
+	if (fstat(fd, &st) < 0)
+		return false;
+	struct attr_out out = {
+		.valid = FOREVER, .ino = header_of(r)->nodeid, .size = (uint64_t)st.st_size,
+		/* Delayed allocation: with 0 blocks `tar -S` would take a file with data for one hole. */
+		.blocks = st.st_size && !st.st_blocks ? 1 : (uint64_t)st.st_blocks,
+		.atime = (uint64_t)st.st_atim.tv_sec, .mtime = (uint64_t)st.st_mtim.tv_sec, .ctime = (uint64_t)st.st_ctim.tv_sec,
+		.atimensec = (uint32_t)st.st_atim.tv_nsec, .mtimensec = (uint32_t)st.st_mtim.tv_nsec, .ctimensec = (uint32_t)st.st_ctim.tv_nsec,
+		.mode = st.st_mode, .nlink = (uint32_t)st.st_nlink, .uid = st.st_uid, .gid = st.st_gid,
+		.rdev = encoded(st.st_rdev), .blksize = (uint32_t)st.st_blksize,
+	};
+	reply_to(device, header_of(r)->unique, 0, &out, sizeof out);
+	return true;
+}
+
+bool answer_getattr(int device, const struct request *r, int fd)
+{
+	return reply_attributes(device, r, fd);
+}
+
+static struct timespec wanted_time(uint32_t valid, uint32_t set, uint32_t now, uint64_t seconds, uint32_t nanoseconds)
+{
+	if (valid & now)
+		return (struct timespec){ 0, UTIME_NOW };
+	if (valid & set)
+		return (struct timespec){ (time_t)seconds, nanoseconds };
+	return (struct timespec){ 0, UTIME_OMIT };
+}
+
+/* In the order in which none undoes another: chown clears suid. 0 or an errno. */
+static int change(int fd, const struct setattr_in *in)
+{
+	uint32_t valid = in->valid;
+
+	if (valid & (SET_UID | SET_GID) && fchown(fd, valid & SET_UID ? in->uid : (uid_t)-1, valid & SET_GID ? in->gid : (gid_t)-1) < 0)
+		return errno;
+	if (valid & SET_MODE && fchmod(fd, in->mode & 07777) < 0)
+		return errno;
+	if (valid & (SET_ATIME | SET_MTIME | ATIME_NOW | MTIME_NOW)) {
+		struct timespec times[2] = {
+			wanted_time(valid, SET_ATIME, ATIME_NOW, in->atime, in->atimensec),
+			wanted_time(valid, SET_MTIME, MTIME_NOW, in->mtime, in->mtimensec),
+		};
+		if (futimens(fd, times) < 0)
+			return errno;
+	}
+	return 0;
+}
+
+bool answer_setattr(int device, const struct request *r, int fd)
+{
+	const struct setattr_in *in = (const void *)body_of(r);
+
+	if (body_size(r) < sizeof *in || in->valid & ~(uint32_t)KNOWN)
+		return false;
+	int error = change(fd, in);
+	if (!error)
+		return reply_attributes(device, r, fd);
+	reply_to(device, header_of(r)->unique, error, NULL, 0);
+	return true;
+}
