@@ -19,7 +19,7 @@ def _cases() -> Iterator[object]:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize(("check", "place"), _cases())
+@pytest.mark.parametrize(("check", "place"), list(_cases()))
 def test_posix(check: Check, place: str, places: Places) -> None:
     places.revive()
     check.claim(places.directory(place, check))
