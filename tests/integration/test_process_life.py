@@ -521,6 +521,19 @@ def test_an_ordinary_user_mounts_writes_and_unmounts(home: Path) -> None:
 
 
 @pytest.mark.root
+def test_an_ordinary_user_changes_files_of_root_where_all_is_squashed_to_that_user(home: Path) -> None:
+    (home / "lower/file").write_text("roots\n")
+    result = as_user(
+        home,
+        "$po mount -o squash_to_uid=$(id -u),squash_to_gid=$(id -g) lower upper merged; echo users >> merged/file; cat merged/file;"
+        " chmod 600 merged/file; $po umount merged; stat -c '%U %a' upper/file",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[:2] == ["roots", "users"]
+    assert result.stdout.splitlines()[2].endswith(" 600")
+
+
+@pytest.mark.root
 def test_a_users_daemon_unmounts_on_sigterm(home: Path) -> None:
     """fusermount3 does it, started before the mount: a daemon that gave up set-user-id programs could not."""
     result = as_user(

@@ -89,13 +89,11 @@ def drop_privileges_of(view: View, inode: Inode) -> None:
     mode = st.st_mode & ~stat.S_ISUID
     if st.st_mode & stat.S_IXGRP:
         mode &= ~stat.S_ISGID
-    _, dirfd, name = view.place(inode)
+    layer, dirfd, name = view.place(inode)
     calls = view.upper.calls
     view.upper.is_dirty = True
     if mode != st.st_mode:
         calls.chmod(dirfd, name, stat.S_IMODE(mode))
-    try:
+    # Asked first: without CAP_SETFCAP the removal is EPERM, whether there is something to remove or not.
+    if layer.getxattr(dirfd, name, _CAPABILITY) is not None:
         calls.removexattr(dirfd, name, _CAPABILITY)
-    except OSError as error:
-        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-            raise

@@ -239,10 +239,11 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
 def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes) -> None:
     """Owner, mode, xattrs, times, in this order, onto something in the work directory.
 
-    An owner that cannot be kept refuses the copy-up: nobody's file becomes the daemon's.
+    An owner that cannot be kept refuses the copy-up: nobody's file becomes the daemon's, unless it shows as somebody's already (`squash`).
     """
     dirfd = upper.work_fd
-    upper.calls.chown(dirfd, name, st.st_uid, st.st_gid)
+    uid, gid = upper.squash
+    upper.calls.chown(dirfd, name, st.st_uid if uid is None else uid, st.st_gid if gid is None else gid)
     if not stat.S_ISLNK(st.st_mode):
         upper.calls.chmod(dirfd, name, stat.S_IMODE(st.st_mode))
     copy_xattrs(upper, source, dirfd, name)

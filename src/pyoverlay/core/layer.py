@@ -427,6 +427,7 @@ class Upper(Layer):
         self._ids = (os.geteuid(), os.getegid())
         self._temporary = itertools.count(1)
         self.takes_devices = True
+        self.squash: tuple[int | None, int | None] = (None, None)  # the owner that everything has in the view, if it is one
         self._spare: bytes | None = None
 
     def close(self) -> None:

@@ -95,6 +95,7 @@ def _open_upper(upper: bytes, work: bytes, policy: Policy, prefix: bytes, cache:
         fs = _filesystem(upper_fd, filesystems)
         layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync)
         layer.keeps_order = keeps_order(upper_fd)
+        layer.squash = (policy.squash_uid, policy.squash_gid)
         return layer
     except OSError:
         os.close(upper_fd)
