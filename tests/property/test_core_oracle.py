@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
@@ -42,8 +42,9 @@ Operation = tuple[Any, ...]
 # -- strategies
 
 NAMES = ("a", "b", "c")
+DEPTH = 3
 names = st.sampled_from(NAMES)
-paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+wild = st.lists(names, min_size=1, max_size=3).map("/".join)
 contents = st.sampled_from([b"", b"one", b"two" * 100, b"three" * 2000])
 modes = st.sampled_from([0o644, 0o600, 0o4755, 0o2711, 0o777])
 directory_modes = st.sampled_from([0o755, 0o700, 0o2775, 0o1777])
@@ -62,29 +63,81 @@ def directories(below: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 nodes = st.recursive(leaves, directories, max_leaves=8)
-lower_trees = st.dictionaries(names, nodes, max_size=3)
+lower_trees = st.one_of(st.dictionaries(names, nodes, max_size=3), st.just({}))
+
+
+class Pick(NamedTuple):
+    """One of the paths there are, or a name in one of the directories: which, is known when the operation runs."""
+
+    kind: str  # "any", "file", "directory", or "in" a directory
+    number: int
+    name: str = ""
+
+    def resolve(self, root: Path) -> str:
+        directories, others = [""], []
+        for parent, below, files in os.walk(root):
+            at = os.path.relpath(parent, root)
+            prefix = "" if at == "." else at + "/"
+            directories += [prefix + name for name in below]
+            others += [prefix + name for name in files]
+        if self.kind == "in":
+            shallow = sorted(path for path in directories if path.count("/") < DEPTH - 1)
+            return f"{shallow[self.number % len(shallow)]}/{self.name}".lstrip("/")
+        found = {"any": directories[1:] + others, "file": others, "directory": directories[1:]}[self.kind]
+        return sorted(found)[self.number % len(found)] if found else NAMES[0]
+
+
+def picks(*kinds: str) -> st.SearchStrategy[Pick]:
+    return st.builds(Pick, st.sampled_from(kinds), st.integers(0, 30), names)
+
+
+def mostly(common: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Now and then what fits the operation less well."""
+    return st.one_of(common, common, common, common, picks("any"), wild)
+
+
+there, file, directory, free = (mostly(picks(kind)) for kind in ("any", "file", "directory", "in"))
+target = st.one_of(free, free, there, directory)
 
 operations = st.one_of(
-    st.tuples(st.just("create"), paths, contents, modes),
-    st.tuples(st.just("write"), paths, contents, st.sampled_from([0, 2, 5000])),
-    st.tuples(st.just("mkdir"), paths, directory_modes),
-    st.tuples(st.just("unlink"), paths),
-    st.tuples(st.just("rmdir"), paths),
-    st.tuples(st.just("rename"), paths, paths, rename_flags),
-    st.tuples(st.just("rename"), paths, paths, rename_flags),
-    st.tuples(st.just("link"), paths, paths),
-    st.tuples(st.just("symlink"), paths),
-    st.tuples(st.just("mkfifo"), paths),
-    st.tuples(st.just("chmod"), paths, modes),
-    st.tuples(st.just("chown"), paths, owners, owners),
-    st.tuples(st.just("truncate"), paths, st.sampled_from([0, 2, 300])),
-    st.tuples(st.just("setxattr"), paths, xattr_names, st.sampled_from([b"", b"y", b"value"])),
-    st.tuples(st.just("removexattr"), paths, xattr_names),
-    st.tuples(st.just("default_acl"), paths),
-    st.tuples(st.just("listdir"), paths),
-    st.tuples(st.just("stat"), paths),
-    st.tuples(st.just("remove_all"), paths),
+    st.tuples(st.just("create"), free, contents, modes),
+    st.tuples(st.just("write"), file, contents, st.sampled_from([0, 2, 5000])),
+    st.tuples(st.just("mkdir"), free, directory_modes),
+    st.tuples(st.just("unlink"), file),
+    st.tuples(st.just("rmdir"), directory),
+    st.tuples(st.just("rename"), file, target, rename_flags),
+    st.tuples(st.just("rename"), directory, target, rename_flags),
+    st.tuples(st.just("rename"), directory, directory, rename_flags),
+    st.tuples(st.just("link"), file, free),
+    st.tuples(st.just("symlink"), free),
+    st.tuples(st.just("mkfifo"), free),
+    st.tuples(st.just("chmod"), there, modes),
+    st.tuples(st.just("chown"), there, owners, owners),
+    st.tuples(st.just("truncate"), file, st.sampled_from([0, 2, 300])),
+    st.tuples(st.just("setxattr"), there, xattr_names, st.sampled_from([b"", b"y", b"value"])),
+    st.tuples(st.just("removexattr"), there, xattr_names),
+    st.tuples(st.just("default_acl"), directory),
+    st.tuples(st.just("listdir"), directory),
+    st.tuples(st.just("stat"), there),
+    st.tuples(st.just("remove_all"), there),
+    st.tuples(st.just("remove_all"), directory),
 )
+
+
+def resolved(operation: Operation, root: Path) -> Operation:
+    return tuple(operand.resolve(root) if isinstance(operand, Pick) else operand for operand in operation)
+
+
+def lists_of_length(most: int) -> st.SearchStrategy[tuple[Operation, ...]]:
+    """Of every length as often: lists left to themselves are short."""
+    return st.integers(1, most).flatmap(lambda length: st.lists(operations, min_size=length, max_size=length)).map(tuple)
+
+
+RICH: Tree = {
+    "a": Directory({"a": Directory({"a": File("aaa"), "b": File("aab")}), "b": File("ab"), "c": Symlink(NOWHERE)}),
+    "b": Directory({"a": Directory({"c": File("bac")}), "b": Directory({})}),
+    "c": File("c", 0o4755),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,10 +197,10 @@ def make_sequence(lowers: list[Tree], *rest: Any) -> Sequence:
 
 sequences = st.builds(
     make_sequence,
-    st.lists(lower_trees, min_size=1, max_size=3),
-    st.lists(st.tuples(paths, paths), max_size=2).map(tuple),
-    st.lists(operations, max_size=8).map(tuple),
-    st.lists(operations, min_size=1, max_size=LENGTH).map(tuple),
+    st.lists(lower_trees | st.just(RICH), min_size=1, max_size=3),
+    st.lists(st.tuples(wild, wild), max_size=4).map(tuple),
+    st.just(()) | lists_of_length(12),
+    lists_of_length(LENGTH),
     st.frozensets(st.integers(0, LENGTH), max_size=3),
     st.sampled_from([4, 1000]),
 )
@@ -382,7 +435,7 @@ class Bench:
         try:
             side = KernelSide(self.mount_point)
             for operation in operations:
-                answer(side.run, operation)
+                answer(side.run, resolved(operation, self.mount_point))
         finally:
             kernel.close()
         for path, entry in snapshot(upper).items():
@@ -409,8 +462,13 @@ class Bench:
         return Merged(view)
 
 
+def told(done: list[Operation]) -> str:
+    return "after\n" + "\n".join(repr(operation) for operation in done) + "\n"
+
+
 def run(base: Path, sequence: Sequence) -> None:
     bench = Bench(base, sequence)
+    done: list[Operation] = []
     before = [witness(lower) for lower in bench.lowers]
     merged = bench.core(bench.ours, "our-work", sequence.limit)
     kernel = bench.kernel(bench.theirs, FULL)
@@ -420,20 +478,22 @@ def run(base: Path, sequence: Sequence) -> None:
         for number, operation in enumerate(sequence.operations):
             if number in sequence.forgets:
                 merged.forget()
+            operation = resolved(operation, bench.mount_point)
+            done.append(operation)
             expected, got = answer(theirs.run, operation), answer(ours.run, operation)
-            assert got == expected, f"operation {number}, {operation!r}: the kernel says {expected!r}, the core {got!r}"
+            assert got == expected, f"{told(done)}: the kernel says {expected!r}, the core {got!r}"
         their_tree, our_tree = timeless(snapshot(bench.mount_point)), timeless(merged.tree())
     finally:
         kernel.close()
         merged.view.close()
     same = without_ephemeral_links if sequence.forgets else timeless
-    assert difference(same(our_tree), same(their_tree)) == [], "the trees differ (ours, the kernel's)"
+    assert difference(same(our_tree), same(their_tree)) == [], f"{told(done)}the trees differ (ours, the kernel's)"
     assert [witness(lower) for lower in bench.lowers] == before, "a lower was changed"
     assert os.listdir(base / "our-work/work") == [], "something is left in the work directory"
-    compare_disks(bench, our_tree, their_tree)
+    compare_disks(bench, our_tree, their_tree, told(done))
 
 
-def compare_disks(bench: Bench, our_tree: TreeSeen, their_tree: TreeSeen) -> None:
+def compare_disks(bench: Bench, our_tree: TreeSeen, their_tree: TreeSeen, story: str) -> None:
     kernel = bench.kernel(bench.ours, ("redirect_dir=on", "xino=on", "index=off"))
     kernel.mount()
     try:
@@ -441,7 +501,7 @@ def compare_disks(bench: Bench, our_tree: TreeSeen, their_tree: TreeSeen) -> Non
     finally:
         kernel.close()
     assert difference(without_ephemeral_links(seen), without_ephemeral_links(our_tree)) == [], (
-        "the kernel sees another tree in our upper (kernel, ours)"
+        f"{story}the kernel sees another tree in our upper (kernel, ours)"
     )
     for upper, tree, whose in ((bench.ours, our_tree, "our"), (bench.theirs, their_tree, "the kernel's")):
         merged = bench.core(upper, f"work-over-{upper.name}", 1000)
@@ -450,9 +510,9 @@ def compare_disks(bench: Bench, our_tree: TreeSeen, their_tree: TreeSeen) -> Non
         finally:
             merged.view.close()
         assert difference(without_ephemeral_links(seen), without_ephemeral_links(tree)) == [], (
-            f"a fresh view sees another tree in {whose} upper (fresh, live)"
+            f"{story}a fresh view sees another tree in {whose} upper (fresh, live)"
         )
-    assert difference(marks_of(bench.ours), marks_of(bench.theirs)) == [], "the marks differ (ours, the kernel's)"
+    assert difference(marks_of(bench.ours), marks_of(bench.theirs)) == [], f"{story}the marks differ (ours, the kernel's)"
 
 
 @pytest.fixture(scope="module")

@@ -369,14 +369,16 @@ class Stack:
         for directory, tree in zip((*self.lowers, self.upper, self.work), (*lowers, upper or {}, {}), strict=True):
             directory.mkdir(parents=True)
             make_tree(directory, tree)
-        self._before = [witness(lower) for lower in self.lowers]
+        self._before = self.look_at_lowers()
+        self._is_read_by_test = False
         self._views: list[View] = []
-        self.merged = self.open()
+        self.open()
 
     def open(self) -> Merged:
         """Mount: a view of the layers as they are on disk now, and the only one."""
         self.close()
-        return Merged(self._open(self.work))
+        self.merged = Merged(self._open(self.work))
+        return self.merged
 
     def fresh(self) -> Merged:
         """What the layers show to somebody who never saw them before, while the first view stays."""
@@ -408,8 +410,17 @@ class Stack:
         spare = self.merged.view.upper._spare
         return sorted(name for name in os.listdir(self.work / "work") if os.fsencode(name) != spare)
 
+    def look_at_lowers(self) -> list[dict[bytes, tuple[object, ...]]]:
+        return [witness(lower) for lower in self.lowers]
+
     def assert_lowers_untouched(self) -> None:
-        assert [witness(lower) for lower in self.lowers] == self._before
+        assert self._is_read_by_test or self.look_at_lowers() == self._before
+
+    def lower_for_reading(self) -> Path:
+        """The top lower, untouched up to now, to be read by the test itself: that moves times of access."""
+        self.assert_lowers_untouched()
+        self._is_read_by_test = True
+        return self.lowers[0]
 
     def close(self) -> None:
         for view in self._views:
