@@ -45,14 +45,17 @@ def test_d_ino_and_d_type_are_those_of_stat_before_and_after_copy_up(here: Here)
             found[name] = (st.st_ino, stat.S_IFMT(st.st_mode) >> 12)
         return found
 
-    before = listed()
-    assert before == by_stat()
-    for name in ("f", "d", "low", "c"):
-        os.chmod(here.merged / name, 0o700)
-    os.lchown(here.merged / "s", 5, 5)
-    os.rename(here.merged / "p", here.merged / "q")
-    after = listed()
-    assert after == by_stat()
+    # Held open: once the kernel has forgotten it (another test drops the caches), a copied-up hard link has a number of its own, as in
+    # the kernel's overlay without an index.
+    with opened(here.merged / "f", os.O_PATH):
+        before = listed()
+        assert before == by_stat()
+        for name in ("f", "d", "low", "c"):
+            os.chmod(here.merged / name, 0o700)
+        os.lchown(here.merged / "s", 5, 5)
+        os.rename(here.merged / "p", here.merged / "q")
+        after = listed()
+        assert after == by_stat()
     assert after == {("q" if name == "p" else name): entry for name, entry in before.items()}
 
 
