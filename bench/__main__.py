@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from bench.catalogue import named
 from bench.chart import chart
@@ -26,6 +29,8 @@ _DEFAULT_PLACE = os.environ.get("TMPDIR", "/var/tmp")
 def main() -> int:
     """The exit status: 0, 1 for a wrong result, 2 for what cannot be run here."""
     arguments = _parsed()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)  # through every `finally`: nothing stays mounted
     sizes = FULL if arguments.full else QUICK
     try:
         workloads = named(arguments.only + arguments.profile)
@@ -50,6 +55,10 @@ def main() -> int:
         return 1
     _publish(results, arguments, sizes)
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _place_of_layers(place: Path, image: str | None) -> AbstractContextManager[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pyoverlay.testing import Connection, Overlay, mounts_below
+from pyoverlay.testing import Connection, mounts_below
+from pyoverlay.testing.mounts import command
 
 MOUNT_SECONDS = 30.0
 _EXIT_SECONDS = 120.0  # a daemon may have a GiB to write first
@@ -74,7 +74,11 @@ class FuseOverlayfs:
 
 
 class Pyoverlay:
-    """This project, through its command line."""
+    """This project, through its command line.
+
+    In the foreground like fuse-overlayfs, so that both daemons are in the session of the benchmark: where sched_autogroup is on, one in
+    a session of its own would be scheduled as a group apart from its clients, and its peer would not.
+    """
 
     name = "pyoverlay"
 
@@ -83,13 +87,10 @@ class Pyoverlay:
 
     @contextmanager
     def mounted(self, place: Place) -> Iterator[None]:
-        options = (*self.options, "--workdir", os.fspath(place.work))
-        overlay = Overlay(tuple(place.lowers), place.upper, place.merged, options, python=sys.executable)
-        overlay.mount()
-        try:
+        lowers = ":".join(map(os.fspath, place.lowers))
+        argv = [*command("mount", "-f", "-q", *self.options, "--workdir", place.work), lowers, *map(os.fspath, (place.upper, place.merged))]
+        with serving(argv, place.merged):
             yield
-        finally:
-            overlay.close()
 
 
 @contextmanager

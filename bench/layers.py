@@ -25,10 +25,10 @@ _NEEDLE_EVERY, _REPLACED_EVERY, _LARGE_EVERY = 17, 10, 50
 _MIB = 1 << 20
 
 _PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest", "urllib", "xml", "concurrent", "importlib")
-_MODULES = ("argparse", "ast", "csv", "decimal", "difflib", "dis", "fractions", "inspect", "pydoc", "tarfile", "typing", "zipfile")
+_MODULES = ("argparse", "ast", "csv", "decimal", "difflib", "dis", "fractions", "inspect", "pydoc", "tarfile", "typing", "plistlib")
 _IMPORTED = (
     "asyncio email.mime.text email.parser http.server json.tool unittest.mock urllib.request xml.etree.ElementTree xml.dom.minidom "
-    "concurrent.futures logging.handlers argparse ast csv decimal difflib dis fractions inspect pydoc tarfile typing zipfile"
+    "concurrent.futures logging.handlers argparse ast csv decimal difflib dis fractions inspect pydoc tarfile typing plistlib"
 ).split()
 
 

@@ -381,11 +381,16 @@ def is_linked(entry: Entry) -> bool:
 
 
 def without_ephemeral_links(tree: TreeSeen) -> TreeSeen:
-    """A lower file's several names stay one file for as long as a mount lasts and the inode is known, as in the kernel with its index;
-    the core keeps no index on disk, so across mounts and FORGET only the names that were looked up before the copy-up lead to the copy.
+    """A lower file's several names stay one file for as long as a mount lasts, as in the kernel with its index; the core keeps no index
+    on disk, so across mounts only the names that were looked up before the copy-up lead to the copy.
     """
     return {path: replace(entry, nlink=0, first_name=b"", digest="", size=0, mode=0, uid=0, gid=0, xattrs=()) if is_linked(entry) else entry
             for path, entry in tree.items()}  # fmt: skip
+
+
+def without_link_counts(tree: TreeSeen) -> TreeSeen:
+    """How many names of a lower file were removed is known as long as the inode is: after FORGET the lower's own count shows."""
+    return {path: replace(entry, nlink=0) if is_linked(entry) else entry for path, entry in tree.items()}
 
 
 def difference(one: dict[bytes, Any], other: dict[bytes, Any]) -> list[str]:
@@ -398,15 +403,19 @@ def marks_of(upper: Path) -> dict[bytes, tuple[object, ...]]:
     """Path to (what it is, opaque, redirect) of whiteouts and marked directories.
 
     Copies of a lower's directories are left out: the core copies up the directories above an object before it asks the upper whether the
-    change is possible, the kernel some of the time.
+    change is possible, the kernel some of the time. So are redirects to where the directory is: the kernel sets them before it asks the
+    upper whether the target of a rename is empty.
     """
     found: dict[bytes, tuple[object, ...]] = {}
     for path, entry in snapshot(upper).items():
         xattrs = dict(entry.xattrs)
+        opaque, redirect = xattrs.get("trusted.overlay.opaque"), xattrs.get("trusted.overlay.redirect")
+        if redirect in (os.path.basename(path), b"/" + path):
+            redirect = None
         if entry.kind == "c":
             found[path] = ("whiteout",)
-        elif entry.kind == "d" and path != b"." and xattrs.keys() & {"trusted.overlay.opaque", "trusted.overlay.redirect"}:
-            found[path] = ("directory", xattrs.get("trusted.overlay.opaque"), xattrs.get("trusted.overlay.redirect"))
+        elif entry.kind == "d" and path != b"." and (opaque or redirect):
+            found[path] = ("directory", opaque, redirect)
     return found
 
 
@@ -481,12 +490,14 @@ def run(base: Path, sequence: Sequence) -> None:
             operation = resolved(operation, bench.mount_point)
             done.append(operation)
             expected, got = answer(theirs.run, operation), answer(ours.run, operation)
+            if sequence.forgets and isinstance(expected, tuple) and isinstance(got, tuple):
+                expected, got = expected[:-1], got[:-1]  # see without_link_counts
             assert got == expected, f"{told(done)}: the kernel says {expected!r}, the core {got!r}"
         their_tree, our_tree = timeless(snapshot(bench.mount_point)), timeless(merged.tree())
     finally:
         kernel.close()
         merged.view.close()
-    same = without_ephemeral_links if sequence.forgets else timeless
+    same = without_link_counts if sequence.forgets else timeless
     assert difference(same(our_tree), same(their_tree)) == [], f"{told(done)}the trees differ (ours, the kernel's)"
     assert [witness(lower) for lower in bench.lowers] == before, "a lower was changed"
     assert os.listdir(base / "our-work/work") == [], "something is left in the work directory"
@@ -525,7 +536,7 @@ def numbers() -> Iterator[int]:
     max_examples=SEQUENCES,
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
     print_blob=True,
 )
 @given(sequence=sequences)

@@ -222,8 +222,20 @@ def put_whiteout(view: View, parent: Directory, name: bytes, *, over: bool) -> N
 
 
 def keep_alive(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
-    """Before an upper object loses the last name we know: hold it, so that its number is not given to another while the kernel knows it."""
-    if not inode.nlookup or any(other != (parent, name) for other in inode.names()):
+    """Before an upper object loses the last name we know: hold it, so that its number is not given to another while the kernel knows it.
+
+    Of a lower object with several names, those that the upper does not have yet lead to the copy as well. It must not come to have no
+    link at all, since then nothing could give them one (linkat(2)): so it gets a name in the work directory, for as long as we are mounted.
+    """
+    if any(other != (parent, name) for other in inode.names()):
+        return
+    if inode.lower_links > 0:
+        if not inode.kept_name:
+            kept = view.upper.temporary()
+            view.upper.calls.link(view.upper_fd(parent), name, view.upper.work_fd, kept)
+            inode.kept_name = kept
+        return
+    if not inode.nlookup:
         return
     if isinstance(inode, Directory):
         view.upper_fd(inode)
@@ -236,12 +248,24 @@ def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_low
     """Take note that a name is gone."""
     inode.remove_name(parent, name)
     if was_lower_name:
-        inode.lower_links -= 1
+        lower_name_gone(view, inode)
     if isinstance(inode, Directory):
         inode.listing = Listing([])
     if parent.listing is not None:
         parent.listing.remove(name)
     view.release(inode)
+
+
+def lower_name_gone(view: View, inode: Inode) -> None:
+    """A name of the lower object shows no more, or is the upper's now. After the last of them no link need be kept."""
+    inode.lower_links -= 1
+    if inode.lower_links > 0 or not inode.kept_name:
+        return
+    upper = view.upper
+    if inode.parent is None:
+        inode.pin = upper.pin(upper.work_fd, inode.kept_name)
+    upper.discard(inode.kept_name)
+    inode.kept_name = b""
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     prepare   the parents, then a file in the work directory that nobody sees
     fill      the data, and it is on disk before the next step; touches two descriptors and nothing else, so it may run in a thread
-    publish   owner, mode, xattrs, times, origin; then one rename makes it appear
+    publish   owner, xattrs, origin, mode, times; then one rename makes it appear
 
 Leaving `prepare` without publishing removes what was made: so does every error between. The order within publish is that of
 fs/overlayfs/copy_up.c: chown clears suid, sgid and capabilities even for root, so owner comes first; data moves mtime, so times come last.
@@ -171,15 +171,13 @@ def publish(view: View, copy: Copy) -> None:
     """
     inode, upper = copy.inode, copy.upper
     copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
-    copy_attributes(upper, copy.source, copy.st, copy.temporary)
+    origin = view.origin_of(copy.source) if inode.parent is not None else None
+    copy_attributes(upper, copy.source, copy.st, copy.temporary, origin)
     real = os.fstat(copy.fd) if copy.fd >= 0 else os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
     if inode.parent is None:
         _publish_orphan(view, copy, real)
         return
     names = inode.names()
-    origin = view.origin_of(copy.source)
-    if origin is not None:
-        upper.set_origin(upper.work_fd, copy.temporary, origin)
     for parent, _ in names:
         copy_up_directory(view, parent)
         if origin is not None:
@@ -222,8 +220,11 @@ def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
 
 def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
     upper = copy.upper
-    copy.inode.pin = upper.pin(upper.work_fd, copy.temporary)
-    upper.calls.unlink(copy.temporary, upper.work_fd)
+    if copy.inode.lower_links > 0:
+        copy.inode.kept_name = copy.temporary  # other names of the lower object lead here
+    else:
+        copy.inode.pin = upper.pin(upper.work_fd, copy.temporary)
+        upper.calls.unlink(copy.temporary, upper.work_fd)
     copy.is_published = True
     _adopt(view, copy, real)
 
@@ -236,17 +237,20 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
         view.set_data_fd(copy.inode, copy.fd, is_writable=True)
 
 
-def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes) -> None:
-    """Owner, mode, xattrs, times, in this order, onto something in the work directory.
+def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes, origin: marks.Origin | None = None) -> None:
+    """Owner, xattrs and origin, mode, times, in this order, onto something in the work directory.
 
+    The mode after the xattrs, since it may forbid an ordinary user to set any: of a file with mode 0444, which is what git makes.
     An owner that cannot be kept refuses the copy-up: nobody's file becomes the daemon's, unless it shows as somebody's already (`squash`).
     """
     dirfd = upper.work_fd
     uid, gid = upper.squash
     upper.calls.chown(dirfd, name, st.st_uid if uid is None else uid, st.st_gid if gid is None else gid)
+    copy_xattrs(upper, source, dirfd, name)
+    if origin is not None:
+        upper.set_origin(dirfd, name, origin)
     if not stat.S_ISLNK(st.st_mode):
         upper.calls.chmod(dirfd, name, stat.S_IMODE(st.st_mode))
-    copy_xattrs(upper, source, dirfd, name)
     upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns)
 
 
@@ -293,10 +297,9 @@ def _copy_up_one(view: View, directory: Directory) -> None:
     upper.is_dirty = True
     try:
         upper.calls.mkdir(copy.temporary, 0o700, upper.work_fd)
-        copy_attributes(upper, copy.source, copy.st, copy.temporary)
         origin = view.origin_of(source)
+        copy_attributes(upper, copy.source, copy.st, copy.temporary, origin)
         if origin is not None:
-            upper.set_origin(upper.work_fd, copy.temporary, origin)
             mark_impure(view, parent)
         real = os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
         with keeping_times(upper, view.upper_fd(parent)) as dirfd:

@@ -47,6 +47,7 @@ class Inode(Held):
     which it was last looked up. links: further names like it, where known. lower_dir, lower_name: where its lower object is; kept after
     copy-up, since a hard link of it may still be found there. lower_links: names of the lower object that still show and are not the
     upper's.
+    kept_name: a link of the upper object in the work directory, while names of its lower object show that may yet want one in the upper.
     has_origin: its number is that of a lower object, so that a directory of the upper that it enters is impure.
     fd: a data descriptor of the upper object if in_upper, else of the lower one.
     """
@@ -57,6 +58,7 @@ class Inode(Held):
         "in_upper",
         "ino",
         "is_writable",
+        "kept_name",
         "keys",
         "links",
         "lower_dir",
@@ -83,6 +85,7 @@ class Inode(Held):
         self.lower_links = 0
         self.is_writable = False
         self.pin = -1
+        self.kept_name = b""
         self.keys: tuple[Key, ...] = ()
 
     @property

@@ -12,7 +12,7 @@ import os
 from typing import NamedTuple
 
 from pyoverlay.core import marks
-from pyoverlay.core.change import discarded_on_failure, has_lower, in_upper, keep_alive, put_whiteout, ready_for_whiteouts
+from pyoverlay.core.change import discarded_on_failure, has_lower, in_upper, keep_alive, lower_name_gone, put_whiteout, ready_for_whiteouts
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
@@ -104,8 +104,8 @@ def _bring_up(view: View, entry: Entry, inode: Inode) -> None:
     _, dirfd, name = view.place(inode)
     mark_impure(view, entry.parent)
     view.upper.calls.link(dirfd, name, view.upper_fd(entry.parent), entry.name)
-    inode.lower_links -= 1
     inode.add_name(entry.parent, entry.name)
+    lower_name_gone(view, inode)
 
 
 def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None:
@@ -199,8 +199,8 @@ def _empty(view: View, directory: Directory, entry: Entry) -> None:
     old = os.stat(view.upper_fd(directory))
     upper.calls.mkdir(temporary, 0o700, upper.work_fd)
     try:
+        upper.set_mark(upper.work_fd, temporary, marks.OPAQUE, b"y")  # before the mode, which may forbid it to an ordinary user
         copy_attributes(upper, Place(upper, dirfd, entry.name), old, temporary)
-        upper.set_mark(upper.work_fd, temporary, marks.OPAQUE, b"y")
         new = os.stat(temporary, dir_fd=upper.work_fd, follow_symlinks=False)
         upper.calls.rename(upper.work_fd, temporary, dirfd, entry.name, RENAME_EXCHANGE)
         # Should the rename that follows fail, the directory lives on as this one.
@@ -217,7 +217,7 @@ def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -
     if isinstance(inode, Directory):
         inode.listing = Listing([])
     elif was_lower_name:
-        inode.lower_links -= 1
+        lower_name_gone(view, inode)
     view.release(inode)
 
 

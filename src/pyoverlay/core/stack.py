@@ -84,7 +84,11 @@ def _make_read_only(fd: int) -> None:
 
 def _open_upper(upper: bytes, work: bytes, policy: Policy, prefix: bytes, cache: DescriptorCache, filesystems: list[int]) -> Upper:
     upper_fd = os.open(upper, _OPEN_UPPER)
-    work_fd = os.open(work, _OPEN_UPPER)
+    try:
+        work_fd = os.open(work, _OPEN_UPPER)
+    except OSError:
+        os.close(upper_fd)
+        raise
     try:
         if syscalls.statx(upper_fd).mount_id != syscalls.statx(work_fd).mount_id:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), os.fsdecode(work))
@@ -108,17 +112,23 @@ def _clone_both(upper: bytes, upper_fd: int, work: bytes, work_fd: int) -> tuple
     """Both anew, from one clone of their mount, taken at the deepest directory above both. The given descriptors are closed."""
     real_upper, real_work = os.path.realpath(upper), os.path.realpath(work)
     common = os.path.commonpath([real_upper, real_work])
+    resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
+    opened: list[int] = []
     clone = syscalls.open_tree(syscalls.AT_FDCWD, common, syscalls.OPEN_TREE_CLONE)
     try:
-        resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
-        new_upper = syscalls.openat2(clone, os.path.relpath(real_upper, common), _OPEN_UPPER, resolve)
-        new_work = syscalls.openat2(clone, os.path.relpath(real_work, common), _OPEN_UPPER, resolve)
+        for old, real, path in ((upper_fd, real_upper, upper), (work_fd, real_work, work)):
+            opened.append(syscalls.openat2(clone, os.path.relpath(real, common), _OPEN_UPPER, resolve))
+            if not os.path.sameopenfile(old, opened[-1]):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), os.fsdecode(path))
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        raise
     finally:
         os.close(clone)
-    for old, new, path in ((upper_fd, new_upper, upper), (work_fd, new_work, work)):
-        if not os.path.sameopenfile(old, new):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), os.fsdecode(path))
-        os.close(old)
+    os.close(upper_fd)
+    os.close(work_fd)
+    new_upper, new_work = opened
     return new_upper, new_work
 
 
@@ -130,15 +140,36 @@ def _open_inner_work(work_fd: int, work: bytes) -> int:
             os.mkdir(b"work", 0o700, dir_fd=work_fd)
         except FileExistsError:
             pass
+        # What is made in it must inherit nothing from whatever directory the work directory lies in: no group, no ACL. And the kernel
+        # leaves it with mode 000.
+        syscalls.fchmodat(work_fd, b"work", 0o700)
         fd = os.open(b"work", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work_fd)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
+    try:
+        _remove_acls(fd)
+        _clear(fd)
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, path) from None
+    return fd
+
+
+def _remove_acls(fd: int) -> None:
+    for attribute in (b"system.posix_acl_default", b"system.posix_acl_access"):
+        try:
+            os.removexattr(fd, attribute)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+
+
+def _clear(fd: int) -> None:
     with os.scandir(fd) as entries:
         left = [os.fsencode(entry.name) for entry in entries]
     for name in left:
         if name != b"incompat":
             remove_tree(fd, name)
-    return fd
 
 
 def keeps_order(fd: int) -> bool:

@@ -96,6 +96,8 @@ class View:
             if inode.pin >= 0:
                 os.close(inode.pin)
                 inode.pin = -1
+            if inode.kept_name:
+                self.upper.discard(inode.kept_name)
         for _, fd in self._filesystems.values():
             os.close(fd)
         self._filesystems = {}
@@ -143,6 +145,8 @@ class View:
             if self.before_drop is not None:
                 self.before_drop(inode)
             self.cache.close(inode)
+            if inode.kept_name:
+                self.upper.discard(inode.kept_name)
             self.table.remove(inode)
             for parent in parents[1:]:
                 self.release(parent)
@@ -185,7 +189,7 @@ class View:
         if isinstance(inode, Directory):
             return Place(self.upper, self.upper_fd(inode), b".")
         if inode.parent is None:
-            return Place(self.upper, inode.pin, b"")
+            return Place(self.upper, self.upper.work_fd, inode.kept_name) if inode.kept_name else Place(self.upper, inode.pin, b"")
         return Place(self.upper, self.upper_fd(inode.parent), inode.name)
 
     def is_memory(self, inode: Inode) -> bool:
@@ -195,7 +199,11 @@ class View:
         return inode.lower_dir is not None and inode.lower_dir.layer.is_memory
 
     def data_fd(self, inode: Inode, *, write: bool = False) -> int:
-        """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none."""
+        """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none.
+
+        EPERM: the data lies elsewhere (metacopy), which is not followed here; the kernel answers so with metacopy=off. What this file
+        itself holds is a hole.
+        """
         if inode.fd >= 0 and (inode.is_writable or not write):
             inode.is_recent = True
             return inode.fd
@@ -208,6 +216,9 @@ class View:
             raise failure(errno.EROFS)
         else:
             fd = self.upper.open_write(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDWR)
+        if layer.is_metacopy(fd):
+            os.close(fd)
+            raise failure(errno.EPERM)
         return self.set_data_fd(inode, fd, is_writable=write)
 
     def set_data_fd(self, inode: Inode, fd: int, *, is_writable: bool) -> int:
@@ -244,7 +255,7 @@ class View:
             if inode.is_orphan:
                 return 0
             return st.st_nlink if len(inode.lowers) + inode.in_upper == 1 else 1
-        return st.st_nlink + inode.lower_links if inode.in_upper else inode.lower_links
+        return st.st_nlink + inode.lower_links - bool(inode.kept_name) if inode.in_upper else inode.lower_links
 
     def readlink(self, inode: Inode) -> bytes:
         layer, dirfd, name = self.place(inode)

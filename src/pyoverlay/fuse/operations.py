@@ -15,7 +15,7 @@ import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -32,6 +32,18 @@ log = logging.getLogger(__name__)
 FOREVER = 1e9  # seconds that the kernel may believe an answer: this mount is the only writer
 _INLINE_COPY = 256 << 10  # bytes copied up on the loop when nothing has to reach the disk first: a thread costs more
 _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
+
+
+class Requester(Protocol):
+    """Who asks: pyfuse3's RequestContext, or what the extension says of an operation that pyfuse3 does not know."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def umask(self) -> int: ...
+
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
@@ -120,7 +132,7 @@ class Operations(pyfuse3.Operations):
         inode.nlookup += 1
         return entry
 
-    def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
+    def _caller(self, ctx: Requester) -> Caller:
         if self._squash is not None:
             return Caller(os.geteuid(), os.getegid(), ctx.umask)
         return Caller(ctx.uid, ctx.gid, ctx.umask)

@@ -62,7 +62,10 @@ class WiredOperations(Operations):
         """
         if inode.is_writable:
             self.view.upper.is_dirty = True
-        owns_attributes = inode.is_writable and not inode.lower_links and self._squash is None
+        # With writeback a file of no size may have data that are not here yet: _entry knows what to say of its blocks.
+        owns_attributes = (
+            inode.is_writable and not inode.lower_links and self._squash is None and not self.enable_writeback_cache and not inode.kept_name
+        )
         self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
 
     def _unregister(self, held: Held) -> None:
@@ -211,11 +214,9 @@ class WiredOperations(Operations):
                 return False
             raise
 
-    async def tmpfile(
-        self, parent: int, mode: int, flags: int, ctx: opcodes.Caller
-    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+    async def tmpfile(self, parent: int, mode: int, flags: int, ctx: opcodes.Caller) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """O_TMPFILE."""
-        inode, st = change.tmpfile(self.view, self.view.directory(parent), mode, change.Caller(ctx.uid, ctx.gid, ctx.umask))
+        inode, st = change.tmpfile(self.view, self.view.directory(parent), mode, self._caller(ctx))
         return pyfuse3.FileInfo(fh=inode.ino, keep_cache=True), self._looked_up(inode, st)
 
     async def ioctl(self, ino: int, cmd: int, arg: bytes, out_size: int, ctx: opcodes.Caller) -> bytes:
@@ -272,4 +273,3 @@ def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) ->
     operations = Operations(view) if wire is None else WiredOperations(view, wire)
     operations.enable_writeback_cache = writeback
     return operations
-

@@ -244,26 +244,23 @@ def _errno_of_write(path: Path, errors: list[int | None]) -> None:
 
 
 def _python(code: str, **environment: str) -> str:
-    as_shipped = {"PYOVERLAY_WIRE": "1"}  # the suite itself may run without the extension
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **as_shipped, **environment},
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **environment}
     )
     return run.stdout.strip()
 
 
 def test_pyfuse3_imported_too_early_leaves_it_alone() -> None:
-    shown = _python("import pyfuse3\nfrom pyoverlay.fuse.binding import wire, wire_reason\nprint(wire, wire_reason)")
+    code = "import pyfuse3\nfrom pyoverlay.fuse.binding import wire, wire_reason\nprint(wire, wire_reason)"
+    shown = _python(code, PYOVERLAY_WIRE="1")  # the suite itself may have it turned off
     assert shown == "None pyfuse3 was imported before pyoverlay.fuse.binding"
 
 
 def test_a_missing_extension_is_a_reason_not_an_error() -> None:
     shown = _python(
         "import sys; sys.modules['pyoverlay.fuse._wire'] = None\n"
-        "from pyoverlay.fuse.binding import wire, wire_reason, pyfuse3\nprint(wire, wire_reason, pyfuse3.__name__)"
+        "from pyoverlay.fuse.binding import wire, wire_reason, pyfuse3\nprint(wire, wire_reason, pyfuse3.__name__)",
+        PYOVERLAY_WIRE="1",
     )
     assert shown.startswith("None the extension could not be loaded: ")
     assert shown.endswith(" pyfuse3")
