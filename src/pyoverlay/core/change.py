@@ -158,22 +158,17 @@ def rmdir(view: View, parent: Directory, name: bytes) -> Directory:
     if directory.in_upper:
         keep_alive(view, directory, parent, name)
         if hides:
-            ready_for_whiteouts(view, parent)
-        _remove_upper_directory(upper, dirfd, name, hides=hides)
+            exchange_for_whiteout(view, parent, name)
+        else:
+            _remove_upper_directory(upper, dirfd, name)
     else:
         put_whiteout(view, parent, name, over=False)
     dropped(view, directory, parent, name, was_lower_name=False)
     return directory
 
 
-def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes, *, hides: bool) -> None:
+def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes) -> None:
     """It may hold whiteouts: then it goes to the work directory in one step, and is emptied there."""
-    if hides:
-        temporary = upper.whiteout()
-        with discarded_on_failure(upper, temporary):
-            upper.calls.rename(upper.work_fd, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
-        upper.discard(temporary)
-        return
     try:
         upper.calls.rmdir(name, dirfd)
     except OSError as error:
@@ -219,6 +214,18 @@ def put_whiteout(view: View, parent: Directory, name: bytes, *, over: bool) -> N
     temporary = upper.whiteout()
     with discarded_on_failure(upper, temporary):
         upper.calls.rename(upper.work_fd, temporary, dirfd, name)
+
+
+def exchange_for_whiteout(view: View, parent: Directory, name: bytes) -> None:
+    """A whiteout in the place of whatever the upper has under a name, a directory with whiteouts too: one step, and what was there is
+    cleared in the work directory.
+    """
+    ready_for_whiteouts(view, parent)
+    upper = view.upper
+    temporary = upper.whiteout()
+    with discarded_on_failure(upper, temporary):
+        upper.calls.rename(upper.work_fd, temporary, view.upper_fd(parent), name, syscalls.RENAME_EXCHANGE)
+    upper.discard(temporary)
 
 
 def keep_alive(view: View, inode: Inode, parent: Directory, name: bytes) -> None:

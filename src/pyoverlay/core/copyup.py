@@ -23,7 +23,6 @@ from pyoverlay.core.layer import Place, Upper, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import UPPER, View, failure
 
-_CHUNK = 1 << 30  # bytes asked of one copy_file_range
 _BUFFER = 1 << 20
 
 

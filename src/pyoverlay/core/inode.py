@@ -206,11 +206,6 @@ class Directory(Inode):
         self.has_xattr_whiteouts = False
         self.dependants = 0
 
-    @property
-    def is_pure(self) -> bool:
-        """Nothing of it comes from a lower."""
-        return not self.lowers
-
 
 class InodeTable:
     """The inodes that the kernel knows, by number and by what they really are."""

@@ -12,7 +12,7 @@ import os
 from typing import NamedTuple
 
 from pyoverlay.core import marks
-from pyoverlay.core.change import discarded_on_failure, has_lower, in_upper, keep_alive, lower_name_gone, put_whiteout, ready_for_whiteouts
+from pyoverlay.core.change import exchange_for_whiteout, has_lower, in_upper, keep_alive, lower_name_gone, put_whiteout, ready_for_whiteouts
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
@@ -177,17 +177,12 @@ def _replace_leaving_file(view: View, old: Entry, new: Entry, *, is_upper: bool,
 
     Killed in between, the old name shows what was replaced: nothing is lost.
     """
-    upper = view.upper
     ready_for_whiteouts(view, old.parent)
-    from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
     if not is_upper and not over_whiteout:
         put_whiteout(view, new.parent, new.name, over=False)
-    upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
+    view.upper.calls.rename(view.upper_fd(old.parent), old.name, view.upper_fd(new.parent), new.name, RENAME_EXCHANGE)
     if is_upper:
-        temporary = upper.whiteout()
-        with discarded_on_failure(upper, temporary):
-            upper.calls.rename(upper.work_fd, temporary, from_fd, old.name, RENAME_EXCHANGE)
-        upper.discard(temporary)
+        exchange_for_whiteout(view, old.parent, old.name)
 
 
 def _empty(view: View, directory: Directory, entry: Entry) -> None:

@@ -23,7 +23,7 @@ AT_EMPTY_PATH = 0x1000
 
 # include/uapi/linux/openat2.h
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x01, 0x02, 0x04
-RESOLVE_BENEATH, RESOLVE_IN_ROOT, RESOLVE_CACHED = 0x08, 0x10, 0x20
+RESOLVE_BENEATH = 0x08
 
 # include/uapi/linux/fs.h
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
@@ -219,18 +219,6 @@ def filesystem_uuid(fd: int) -> bytes:
     except OSError:
         return bytes(16)
     return reply[1:17]
-
-
-def set_dumpable(dumpable: bool) -> None:
-    """prctl(PR_SET_DUMPABLE)."""
-    if _prctl(4, int(dumpable), 0, 0, 0):
-        raise _failed()
-
-
-def set_no_new_privs() -> None:
-    """prctl(PR_SET_NO_NEW_PRIVS)."""
-    if _prctl(38, 1, 0, 0, 0):
-        raise _failed()
 
 
 def keep_capabilities_over_setfsuid() -> None:

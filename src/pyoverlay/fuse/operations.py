@@ -30,7 +30,8 @@ from pyoverlay.fuse.binding import pyfuse3
 log = logging.getLogger(__name__)
 
 FOREVER = 1e9  # seconds that the kernel may believe an answer: this mount is the only writer
-_INLINE_COPY = 256 << 10  # bytes copied up on the loop when nothing has to reach the disk first: a thread costs more
+# Bytes copied on the loop, where nothing waits for a disk: a thread costs more.
+INLINE_COPY = 256 << 10
 _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
 
 
@@ -154,7 +155,7 @@ class Operations(pyfuse3.Operations):
         this = self._copying[inode] = UnderWay(request)
         try:
             with copyup.prepare(self.view, inode, size) as this.copy:
-                if this.copy.size <= _INLINE_COPY and not copyup.must_order(self.view.upper):
+                if this.copy.size <= INLINE_COPY and not copyup.must_order(self.view.upper):
                     copyup.fill(this.copy)
                 else:
                     await trio.to_thread.run_sync(copyup.fill, this.copy)

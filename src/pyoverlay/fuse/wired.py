@@ -24,7 +24,7 @@ from pyoverlay.core.layer import Held
 from pyoverlay.core.view import View, failure
 from pyoverlay.fuse import opcodes
 from pyoverlay.fuse.binding import Wire, pyfuse3
-from pyoverlay.fuse.operations import Operations, handler
+from pyoverlay.fuse.operations import INLINE_COPY, Operations, handler
 
 _WRITE_FLAGS = struct.Struct("<20xI")  # struct fuse_write_in
 _WRITE_KILL_SUIDGID = 1 << 2
@@ -37,7 +37,6 @@ _READING, _WRITING = {_GETFLAGS: 4, _FSGETXATTR: 28}, {_SETFLAGS: 4, _FSSETXATTR
 
 _ASKED_BY_KERNEL = frozenset((b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"))
 
-_INLINE_COPY = 256 << 10  # bytes copied on the loop, if they are in memory
 _INLINE_BYTES = 64 << 20  # files past this: calls that walk or change their extents go to a thread
 
 
@@ -193,7 +192,7 @@ class WiredOperations(Operations):
         source.pins += 1
         try:
             calls = self.view.upper.calls
-            if length <= _INLINE_COPY and self._is_cached(source, fd, off_in, length):
+            if length <= INLINE_COPY and self._is_cached(source, fd, off_in, length):
                 copied = calls.copy_file_range(fd, fd_out, length, off_in, off_out)
             else:
                 copied = await self._in_thread(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
