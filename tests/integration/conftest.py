@@ -6,14 +6,16 @@ PYOVERLAY_TESTS_OVER=kernel runs those tests over the kernel's overlay instead: 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pyoverlay.testing import Overlay, Tree, make_tree
+from pyoverlay.testing import Overlay, Tree, make_tree, mounts_below
 from tests.integration.looks import Here, Layers, litter
+from tests.integration.unprivileged import make_home
 from tests.posix.kernel_overlay import KernelOverlay
 
 
@@ -84,3 +86,12 @@ def _checked(here: Here) -> Iterator[Here]:
     here.assert_lowers_untouched()
     if isinstance(here.overlay, Overlay):
         assert litter(here.overlay) == []
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory of an ordinary user: pytest's own are for root alone."""
+    with tempfile.TemporaryDirectory(prefix="pyoverlay-user-", dir="/var/tmp") as name:
+        make_home(Path(name))
+        yield Path(name)
+        assert mounts_below(Path(name)) == []

@@ -10,7 +10,6 @@ import select
 import shlex
 import shutil
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -23,8 +22,9 @@ import pytest
 
 from pyoverlay import registry
 from pyoverlay.registry import Record
-from pyoverlay.testing import Overlay, OverlayFactory, mounts_below
+from pyoverlay.testing import Overlay, OverlayFactory
 from pyoverlay.testing.mounts import MARK, command
+from tests.integration.unprivileged import USER, as_user
 
 MIB = 1 << 20
 
@@ -461,47 +461,6 @@ def test_a_traceback_reads_no_source_file(tmp_path: Path) -> None:
 
 
 # ── without root ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-USER = 65534
-
-
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """A directory of an ordinary user: pytest's own are for root alone."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="pyoverlay-user-", dir="/var/tmp") as name:
-        path = Path(name)
-        for directory in ("", "lower", "upper", "merged", "run"):
-            (path / directory).mkdir(exist_ok=True)
-            os.chown(path / directory, USER, USER)
-        yield path
-        assert mounts_below(path) == []
-
-
-def as_user(home: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """A shell script of an ordinary user, with `$po` the command line.
-
-    Not every machine lets users open /dev/fuse: here it is a node of the test's own, in a mount namespace of the test's own.
-    """
-    if shutil.which("fusermount3") is None or shutil.which("setpriv") is None:
-        pytest.fail("these tests want fusermount3 and setpriv")
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(registry.__file__).parents[1]), MARK: os.environ[MARK],
-        "XDG_RUNTIME_DIR": str(home / "run"), "po": shlex.join(command()),
-    }  # fmt: skip
-    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-    if subprocess.run([*user, sys.executable, "-c", ""], check=False, capture_output=True).returncode != 0:
-        pytest.skip(f"{sys.executable} is out of an ordinary user's reach")
-    node = home / "fuse"
-    if not node.exists():
-        os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))
-        node.chmod(0o666)
-    private = ["unshare", "-m", "sh", "-ec", 'mount --bind "$0" /dev/fuse; exec "$@"', str(node)]
-    return subprocess.run(
-        [*private, *user, "sh", "-ec", script],
-        check=False, capture_output=True, text=True, timeout=30, cwd=home, env=environment,
-    )  # fmt: skip
 
 
 @pytest.mark.root

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.layer import CAPABILITY
 from pyoverlay.core.view import View, failure
-
-_CAPABILITY = b"security.capability"
 
 
 @dataclass(slots=True)
@@ -95,5 +94,5 @@ def drop_privileges_of(view: View, inode: Inode) -> None:
     if mode != st.st_mode:
         calls.chmod(dirfd, name, stat.S_IMODE(mode))
     # Asked first: without CAP_SETFCAP the removal is EPERM, whether there is something to remove or not.
-    if layer.getxattr(dirfd, name, _CAPABILITY) is not None:
-        calls.removexattr(dirfd, name, _CAPABILITY)
+    if layer.getxattr(dirfd, name, CAPABILITY) is not None:
+        calls.removexattr(dirfd, name, CAPABILITY)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import Directory, Inode, key_of
-from pyoverlay.core.layer import Place, Upper, tolerated
+from pyoverlay.core.layer import CAPABILITY, Layer, Place, Upper, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import UPPER, View, failure
 
@@ -87,6 +87,8 @@ def _make(copy: Copy, view: View) -> None:
     elif stat.S_ISLNK(st.st_mode):
         upper.calls.symlink(copy.source.layer.readlink(copy.source.dirfd, copy.source.name), copy.temporary, upper.work_fd)
     else:
+        if copy.source.layer.is_nodev and (stat.S_ISCHR(st.st_mode) or stat.S_ISBLK(st.st_mode)):
+            raise failure(errno.EPERM)  # in the upper it would open the device that its own mount does not
         upper.calls.mknod(copy.temporary, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, upper.work_fd)
 
 
@@ -249,8 +251,14 @@ def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes
     if origin is not None:
         upper.set_origin(dirfd, name, origin)
     if not stat.S_ISLNK(st.st_mode):
-        upper.calls.chmod(dirfd, name, stat.S_IMODE(st.st_mode))
+        upper.calls.chmod(dirfd, name, _mode(source.layer, st))
     upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns)
+
+
+def _mode(layer: Layer, st: os.stat_result) -> int:
+    """The permission bits of a copy: a program that its mount keeps from changing its user does not win that right by being copied."""
+    mode = stat.S_IMODE(st.st_mode)
+    return mode & ~(stat.S_ISUID | stat.S_ISGID) if layer.is_nosuid and stat.S_ISREG(st.st_mode) else mode
 
 
 def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
@@ -258,13 +266,15 @@ def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
     for attribute in source.layer.listxattr(source.dirfd, source.name):
         if attribute.startswith(upper.mark_prefix) and marks.unescape_xattr(attribute, upper.mark_prefix) is None:
             continue
+        if source.layer.is_nosuid and attribute == CAPABILITY:
+            continue
         value = source.layer.getxattr(source.dirfd, source.name, attribute)
         if value is None:
             continue
         try:
             upper.calls.setxattr(dirfd, name, attribute, value, 0)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or attribute.startswith((b"system.", b"security.capability")):
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or attribute.startswith((b"system.", CAPABILITY)):
                 raise
 
 

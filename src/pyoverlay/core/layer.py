@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _PATH_MAX = 4096
+CAPABILITY = b"security.capability"  # file capabilities, capabilities(7)
 _MEMORY_FILESYSTEMS = (0x01021994, 0x858458F6)  # TMPFS_MAGIC, RAMFS_MAGIC of <linux/magic.h>
 
 
@@ -144,6 +145,7 @@ class Layer:
 
     root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it
     lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk.
+    is_nosuid, is_nodev: its mount gives set-id bits and capabilities, or device nodes, no effect.
     """
 
     def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache) -> None:
@@ -152,6 +154,8 @@ class Layer:
         self.fs = fs
         self.is_clone = is_clone
         self.is_memory = syscalls.fstatfs_type(root_fd) in _MEMORY_FILESYSTEMS
+        flags = os.fstatvfs(root_fd).f_flag
+        self.is_nosuid, self.is_nodev = bool(flags & os.ST_NOSUID), bool(flags & os.ST_NODEV)
         self.mark_prefix = mark_prefix
         self.cache = cache
         self._resolve = _RESOLVE if is_clone else _RESOLVE | syscalls.RESOLVE_NO_XDEV

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 from pyoverlay import registry
@@ -70,12 +70,17 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             announce()
             forbid_paths()
 
-        session.run(mount_options(request.options, privileged=os.geteuid() == 0), on_answer, stop_at=_stop_signals(request))
+        session.run(mount_options(request.options, layers.lowers, privileged=os.geteuid() == 0), on_answer, stop_at=_stop_signals(request))
         _sync(view, rules, entry)
 
 
-def mount_options(options: Options, *, privileged: bool) -> MountOptions:
-    """The generic options: as root all users are served, with suid and dev, unless told otherwise; as a user neither can be had."""
+def mount_options(options: Options, lowers: Sequence[Directory], *, privileged: bool) -> MountOptions:
+    """The generic options: as root all users are served, with suid and dev, unless told otherwise; as a user neither can be had.
+
+    What a lower's own mount denies, the overlay does not give unless it is asked to: a set-user-id program on a stick or in somebody's
+    FUSE mount would be root's.
+    """
+    flags = [os.fstatvfs(lower.fd).f_flag for lower in lowers] if privileged else []
     if not privileged and (options.suid or options.dev):
         raise NoPrivilege("-o suid,dev", "only root's mounts may have them", 1, "leave them out")
     return MountOptions(
@@ -83,8 +88,8 @@ def mount_options(options: Options, *, privileged: bool) -> MountOptions:
         subtype=options.subtype,
         allow_other=privileged if options.allow_other is None else options.allow_other,
         read_only=options.read_only or options.upper is None,
-        suid=privileged if options.suid is None else options.suid,
-        dev=privileged if options.dev is None else options.dev,
+        suid=privileged and not any(flag & os.ST_NOSUID for flag in flags) if options.suid is None else options.suid,
+        dev=privileged and not any(flag & os.ST_NODEV for flag in flags) if options.dev is None else options.dev,
         exec=options.exec,
         sync=options.sync,
         dirsync=options.dirsync,

@@ -1,0 +1,54 @@
+"""Shell scripts of an ordinary user, for tests that are root's: what a mount without root may do, and what nobody may do through one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyoverlay import registry
+from pyoverlay.testing.mounts import MARK, command
+
+# Debian's nobody: the owner of nothing.
+USER = 65534
+
+# For a script: the rest of the line as root of a user namespace of its own, where the user is all there is.
+AS_NAMESPACE_ROOT = "unshare -Urm sh -ec"
+
+
+def make_home(path: Path) -> None:
+    """The user's directory, with the directories of a mount in it."""
+    for directory in ("", "lower", "upper", "merged", "run"):
+        (path / directory).mkdir(exist_ok=True)
+        os.chown(path / directory, USER, USER)
+
+
+def as_user(home: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with `$po` the command line, in a mount namespace of its own.
+
+    Not every machine lets users open /dev/fuse: here it is a node of the test's own.
+    """
+    if shutil.which("fusermount3") is None or shutil.which("setpriv") is None:
+        pytest.fail("these tests want fusermount3 and setpriv")
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(registry.__file__).parents[1]), MARK: os.environ[MARK],
+        "XDG_RUNTIME_DIR": str(home / "run"), "po": shlex.join(command()),
+    }  # fmt: skip
+    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    if subprocess.run([*user, sys.executable, "-c", ""], check=False, capture_output=True).returncode != 0:
+        pytest.skip(f"{sys.executable} is out of an ordinary user's reach")
+    node = home / "fuse"
+    if not node.exists():
+        os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))
+        node.chmod(0o666)
+    private = ["unshare", "-m", "sh", "-ec", 'mount --bind "$0" /dev/fuse; exec "$@"', str(node)]
+    return subprocess.run(
+        [*private, *user, "sh", "-ec", script],
+        check=False, capture_output=True, text=True, timeout=30, cwd=home, env=environment,
+    )  # fmt: skip
