@@ -297,6 +297,12 @@ class Lower(Layer):
             directory.has_xattr_whiteouts = self.getmark(self.dirfd(directory), b".", marks.OPAQUE) == b"x"
         return directory.has_xattr_whiteouts
 
+    def shows(self, directory: LowerDir, name: bytes) -> tuple[bool, bool]:
+        """Of one name: (is it there, is what the layers below have under it hidden by this directory's whiteouts)."""
+        contents = self.contents(directory)
+        is_there = name in contents.names
+        return is_there, contents.hides_all or (not is_there and name in contents.whiteouts)
+
     def contents(self, directory: LowerDir) -> Names:
         """As `read`, but kept: a lower does not change."""
         if directory.contents is None:

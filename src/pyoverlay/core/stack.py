@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.layer import DescriptorCache, Lower, Upper, remove_tree
-from pyoverlay.core.policy import Policy
+from pyoverlay.core.policy import Policy, Whiteouts
+from pyoverlay.core.probe import ProbedLower
 from pyoverlay.core.view import View
 
 _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -42,6 +43,32 @@ def open_view(lowers: Sequence[bytes], upper: bytes | None, work: bytes | None, 
             lower_layers.append(lower)
             opened.append(lower)
         return View(tuple(lower_layers), upper_layer, policy, cache, _masked(upper, work))
+    except OSError:
+        for layer in opened:
+            layer.close()
+        raise
+
+
+def open_probed(lowers: Sequence[bytes], policy: Policy, *, upper: bytes | None = None, masked: frozenset[tuple[int, int]]) -> View:
+    """A view to ask single names of: lowers alone, or below `upper` as one more layer that is only read. Nothing is written anywhere.
+
+    Layer 1 is the upper, there or not; the lowers count from 2. In an upper `.wh.NAME` is an ordinary file, unless the mount writes its
+    whiteouts so. masked: (st_dev, st_ino) of directories that show empty. Raises OSError with the path as its filename.
+    """
+    cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+    prefix = marks.USER if policy.userxattr else marks.TRUSTED
+    uppers_whiteouts = Whiteouts.AUFS if policy.whiteouts is Whiteouts.AUFS else Whiteouts.KERNEL
+    wanted = [(path, policy.whiteouts) for path in lowers]
+    if upper is not None:
+        wanted.insert(0, (upper, uppers_whiteouts))
+    filesystems: list[int] = []
+    opened: list[Lower] = []
+    try:
+        for index, (path, whiteouts) in enumerate(wanted, start=1 if upper is not None else 2):
+            root, is_clone = _open_lower(path, policy)
+            fs = _filesystem(root, filesystems)
+            opened.append(ProbedLower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=whiteouts))
+        return View(tuple(opened), None, policy, cache, masked)
     except OSError:
         for layer in opened:
             layer.close()

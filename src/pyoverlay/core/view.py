@@ -321,9 +321,9 @@ class View:
         for index, directory in enumerate(parent.lowers):
             layer = directory.layer
             if directory.is_masked or (several and index < len(parent.lowers) - 1):
-                contents = layer.contents(directory)
-                if name not in contents.names:
-                    if contents.hides_all or name in contents.whiteouts:
+                is_there, hides_below = layer.shows(directory, name)
+                if not is_there:
+                    if hides_below:
                         return None
                     continue
             st = layer.stat(layer.dirfd(directory), name)
@@ -516,10 +516,11 @@ class View:
         has_marks = layer is not self.lowers[-1] if self._follows_redirects else not is_last
         st: os.stat_result | None = None
         for place, name in enumerate(names):
-            contents = None if is_last and not from_root and not here.is_masked else layer.contents(here)
-            hides_below = hides_below or (contents is not None and contents.hides_all)
-            if contents is not None and name not in contents.names:
-                return _Step(None, None, hides_below or name in contents.whiteouts, below, from_root)
+            if not is_last or from_root or here.is_masked:
+                is_there, hides = layer.shows(here, name)
+                hides_below = hides_below or hides
+                if not is_there:
+                    return _Step(None, None, hides_below, below, from_root)
             st = layer.stat(layer.dirfd(here), name)
             if st is None:
                 return _Step(None, None, hides_below, below, from_root)

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
+from pyoverlay import mountinfo
 from pyoverlay.core import syscalls
 from pyoverlay.core.stack import keeps_order
 from pyoverlay.daemon import refusals, versions
 from pyoverlay.errors import printable
-from pyoverlay.fuse import mountinfo
 from pyoverlay.fuse.mountpoint import FUSE_DEVICE
 
 _IN_CONTAINER = "--device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+from pyoverlay import mountinfo
 from pyoverlay.core.layer import remove_tree
 from pyoverlay.daemon import locks
 from pyoverlay.daemon.options import Options
 from pyoverlay.errors import OptionRefused, Refusal, printable
-from pyoverlay.fuse import mountinfo
 
 _ALL_IDS = "0 0 4294967295"
 _CAP_SYS_ADMIN = 21

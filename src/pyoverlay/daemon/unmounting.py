@@ -11,11 +11,10 @@ import select
 import subprocess
 from contextlib import suppress
 
-from pyoverlay import registry
+from pyoverlay import mountinfo, registry
 from pyoverlay.core import syscalls
 from pyoverlay.daemon.holders import described, holders, open_proc
 from pyoverlay.errors import DaemonFailed, NoPrivilege, Refusal, printable
-from pyoverlay.fuse import mountinfo
 from pyoverlay.fuse.mountpoint import fusermount
 
 OUR_TYPE = "fuse.pyoverlay"

@@ -19,9 +19,9 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
+from pyoverlay import mountinfo
 from pyoverlay.core import syscalls
 from pyoverlay.errors import NoPrivilege, Refusal, printable
-from pyoverlay.fuse import mountinfo
 
 FUSE_DEVICE = "/dev/fuse"
 

@@ -1,0 +1,153 @@
+"""`pyoverlay diff`: what an upper changes, compared with what Docker prints for the same changes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyoverlay.core.policy import Policy
+from pyoverlay.report.changes import Comparison
+from pyoverlay.testing import Directory, Overlay, Tree, Whiteout, make_tree
+from tests.interop.docker_diff import CASES, TREE, Case
+from tests.posix.kernel_overlay import KernelOverlay
+
+pytestmark = pytest.mark.root
+
+AS_DOCKER = ("redirect_dir=off", "index=off", "metacopy=off")
+
+NAMES = {case.name: f"c{number:02}" for number, case in enumerate(CASES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A mount in which every case was made, and what the walk over its upper says."""
+
+    overlay: Overlay | KernelOverlay
+    lines: list[str]
+
+    @property
+    def can_move(self) -> bool:
+        return not (isinstance(self.overlay, KernelOverlay) and "redirect_dir=off" in self.overlay.options)
+
+    def below(self, name: str) -> list[str]:
+        return [line for line in self.lines if line[3:].split("/")[0] == name]
+
+
+@pytest.fixture(scope="module", params=["ours", "kernel", "kernel, as Docker mounts it"])
+def changed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Changed]:
+    """Every case, each in a directory of its own, in one mount over two lowers that share each tree."""
+    base = tmp_path_factory.mktemp("diff")
+    top, bottom, upper, merged = (_made(base / name) for name in ("top", "bottom", "upper", "merged"))
+    for name in NAMES.values():
+        in_top: Tree = {key: TREE[key] for key in ("f", "h1", "h2", "d")}
+        make_tree(_made(top / name), in_top)
+        make_tree(_made(bottom / name), {key: node for key, node in TREE.items() if key not in in_top})
+    overlays: dict[str, Overlay | KernelOverlay] = {
+        "ours": Overlay((top, bottom), upper, merged),
+        "kernel": KernelOverlay((top, bottom), upper, merged),
+        "kernel, as Docker mounts it": KernelOverlay((top, bottom), upper, merged, AS_DOCKER),
+    }
+    overlay = overlays[request.param]
+    overlay.mount()
+    try:
+        for case in CASES:
+            case.change(merged / NAMES[case.name])
+        yield Changed(overlay, changes(overlay))
+    finally:
+        overlay.close()
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def changes(overlay: Overlay | KernelOverlay, *, copy_ups: bool = False) -> list[str]:
+    lowers = [os.fsencode(lower) for lower in overlay.lowers]
+    with Comparison(os.fsencode(overlay.writable), lowers, Policy(metacopy=True), os.fsencode(overlay.work)) as comparison:
+        return [f"{change.kind.value} /{os.fsdecode(change.path)}" for change in comparison.changes(copy_ups=copy_ups)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_change_is_told_as_docker_tells_it(changed: Changed, case: Case) -> None:
+    name = NAMES[case.name]
+    expected = case.expected(name, can_move=changed.can_move)
+    assert sorted(changed.below(name)) == sorted(expected)
+
+
+def test_nothing_but_the_cases_is_told(changed: Changed) -> None:
+    assert {line[3:].split("/")[0] for line in changed.lines} <= set(NAMES.values())
+
+
+def test_a_directory_comes_before_what_is_in_it_and_names_in_their_order(changed: Changed) -> None:
+    paths = [line[3:].split("/") for line in changed.lines]
+    assert paths == sorted(paths)
+    assert len(paths) == len({tuple(path) for path in paths})
+
+
+# The system calls of one walk: all that follow the marker.
+WALK = """
+import os, sys
+from pyoverlay.core.policy import Policy
+from pyoverlay.report.changes import Comparison
+upper, *lowers = map(os.fsencode, sys.argv[1:])
+with Comparison(upper, lowers, Policy()) as comparison:
+    os.access("/marker", os.F_OK)
+    assert [change.path for change in comparison.changes()] == [b"d", b"d/new", b"d/old"]
+"""
+
+
+def calls_of_a_walk(base: Path, siblings: int) -> int:
+    """How many system calls it takes to find one file added, and one removed, beside that many others in each of two lowers."""
+    others: Tree = {f"other{number}": "" for number in range(siblings)}
+    layers: Tree = {"top": {"d": {"old": "", **others}}, "bottom": {"d": others}, "upper": {"d": {"new": "", "old": Whiteout()}}}
+    make_tree(_made(base), layers)
+    arguments = ["-o", f"{base}/trace", sys.executable, "-P", "-c", WALK, f"{base}/upper", f"{base}/top", f"{base}/bottom"]
+    subprocess.run(["strace", *arguments], check=True, timeout=30)
+    lines = (base / "trace").read_text().splitlines()
+    return len(lines) - next(number for number, line in enumerate(lines) if '"/marker"' in line)
+
+
+def test_the_cost_of_a_walk_does_not_grow_with_the_lowers(tmp_path: Path) -> None:
+    assert calls_of_a_walk(tmp_path / "few", 3) == calls_of_a_walk(tmp_path / "many", 3000)
+
+
+def test_unchanged_copy_ups_are_told_when_asked_for(tmp_path: Path) -> None:
+    lower: Tree = {"d": {"same": "1", "deep": {"same": "2"}, "changed": "3"}, "e": {"same": "4"}}
+    layers: Tree = {"lower": lower, "upper": {**lower, "d": {**lower["d"], "changed": "new"}}}  # type: ignore[dict-item]
+    make_tree(tmp_path, layers)
+    with Comparison(os.fsencode(tmp_path / "upper"), [os.fsencode(tmp_path / "lower")], Policy()) as comparison:
+        told = [f"{change.kind.value} {os.fsdecode(change.path)}" for change in comparison.changes(copy_ups=True)]
+        assert [change.path for change in comparison.changes()] == [b"d", b"d/changed"]
+    assert told == ["C d", "C d/changed", "U d/deep", "U d/deep/same", "U d/same", "U e", "U e/same"]
+
+
+def test_a_tree_deeper_than_python_s_stack_is_walked(tmp_path: Path) -> None:
+    (tmp_path / "lower").mkdir()
+    here = os.open(_made(tmp_path / "upper"), os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        with Comparison(os.fsencode(tmp_path / "upper"), [os.fsencode(tmp_path / "lower")], Policy()) as comparison:
+            assert sum(1 for _ in comparison.changes()) == 1500
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "upper"], check=True)  # pytest's own removal is recursive
+
+
+def test_a_failure_names_the_path(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"lower": {}, "upper": {"d": {"e": Directory({}, xattrs={"trusted.overlay.redirect": b"/a//b"})}}})
+    with Comparison(os.fsencode(tmp_path / "upper"), [os.fsencode(tmp_path / "lower")], Policy()) as comparison:
+        with pytest.raises(OSError) as caught:
+            list(comparison.changes())
+    assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, "d/e")
