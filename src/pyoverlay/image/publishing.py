@@ -1,0 +1,34 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from pyoverlay.errors import Refusal
+
+
+@contextmanager
+def replacing(path: bytes, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends without an error; else nothing has changed.
+
+    Raises Refusal where it cannot be made. Its data is on disk before it has its name.
+    """
+    temporary = os.path.join(os.path.dirname(path), b".%s.%s" % (os.path.basename(path)[:200], secrets.token_hex(6).encode()))
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        raise Refusal(path, "cannot be written", error.errno) from error
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
