@@ -35,6 +35,8 @@ OPEN_TREE_CLONE = 1
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOATIME, MOUNT_ATTR__ATIME = 0x01, 0x10, 0x70
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
+_CAPABILITY_HEADER = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+
 UTIME_OMIT = (1 << 30) - 2
 
 # System call numbers above 423 are the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
@@ -61,6 +63,8 @@ _statx = _prototype("statx", _int, _path, _int, _uint, _pointer)
 _name_to_handle_at = _prototype("name_to_handle_at", _int, _path, _pointer, _pointer, _int)
 _open_by_handle_at = _prototype("open_by_handle_at", _int, _pointer, _int)
 _prctl = _prototype("prctl", _int, _ulong, _ulong, _ulong, _ulong)
+_capget = _prototype("capget", _path, _pointer)
+_capset = _prototype("capset", _path, _path)
 _setfsuid = _prototype("setfsuid", _uint)
 _setfsgid = _prototype("setfsgid", _uint)
 _linkat = _prototype("linkat", _int, _path, _int, _path, _int)
@@ -227,6 +231,62 @@ def keep_capabilities_over_setfsuid() -> None:
     EPERM without CAP_SETPCAP.
     """
     if _prctl(28, 1 << 2, 0, 0, 0):
+        raise _failed()
+
+
+class Capabilities(NamedTuple):
+    """The sets of this thread as bits, by the numbers of include/uapi/linux/capability.h."""
+
+    effective: int
+    permitted: int
+    inheritable: int
+
+
+def capget() -> Capabilities:
+    """capget(2) of the calling thread."""
+    data = ctypes.create_string_buffer(24)
+    if _capget(_CAPABILITY_HEADER, data):
+        raise _failed()
+    words = struct.unpack("6I", data.raw)
+    return Capabilities(*(words[number] | words[number + 3] << 32 for number in range(3)))
+
+
+def capset(wanted: Capabilities) -> None:
+    """capset(2) of the calling thread: threads that it starts later have the same. EPERM: something that is not permitted now."""
+    low, high = ([bits >> shift & 0xFFFFFFFF for bits in wanted] for shift in (0, 32))
+    if _capset(_CAPABILITY_HEADER, struct.pack("6I", *low, *high)):
+        raise _failed()
+
+
+def has_in_bounding_set(capability: int) -> bool:
+    """prctl(PR_CAPBSET_READ). EINVAL: this kernel knows no capability of that number."""
+    found = _prctl(23, capability, 0, 0, 0)
+    if found < 0:
+        raise _failed()
+    return bool(found)
+
+
+def drop_from_bounding_set(capability: int) -> None:
+    """prctl(PR_CAPBSET_DROP): no program that is executed gets it. EPERM without CAP_SETPCAP."""
+    if _prctl(24, capability, 0, 0, 0):
+        raise _failed()
+
+
+def clear_ambient_set() -> None:
+    """prctl(PR_CAP_AMBIENT_CLEAR_ALL)."""
+    if _prctl(47, 4, 0, 0, 0):
+        raise _failed()
+
+
+def set_no_new_privileges() -> None:
+    """prctl(PR_SET_NO_NEW_PRIVS) of the calling thread and of those that it starts later: no set-user-id program works any more."""
+    if _prctl(38, 1, 0, 0, 0):
+        raise _failed()
+
+
+def set_dumpable(is_dumpable: bool) -> None:
+    """prctl(PR_SET_DUMPABLE): whether the process leaves core files, and may be traced and looked at by its own user."""
+    if _prctl(4, int(is_dumpable), 0, 0, 0):
         raise _failed()
 
 

@@ -19,7 +19,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
 from pyoverlay.core.view import View
-from pyoverlay.daemon import logs, refusals
+from pyoverlay.daemon import logs, privileges, refusals
 from pyoverlay.daemon.holders import described, holders, open_proc
 from pyoverlay.daemon.options import Options, policy
 from pyoverlay.daemon.refusals import Directory, Layers
@@ -70,7 +70,12 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             announce()
             forbid_paths()
 
-        session.run(mount_options(request.options, layers.lowers, privileged=os.geteuid() == 0), on_answer, stop_at=_stop_signals(request))
+        session.run(
+            mount_options(request.options, layers.lowers, privileged=os.geteuid() == 0),
+            on_answer,
+            on_mount=lambda: privileges.drop(writes=layers.upper is not None),
+            stop_at=_stop_signals(request),
+        )
         _sync(view, rules, entry)
 
 
@@ -127,7 +132,8 @@ def _stop_signals(request: Request) -> tuple[signal.Signals, ...]:
 def _who_holds(proc: int, point: MountPoint) -> str:
     mount = point.mount
     assert mount is not None
-    return described(holders(proc, point=mount.point, mount_id=mount.id, device=mount.device))
+    with privileges.looking_at_processes():
+        return described(holders(proc, point=mount.point, mount_id=mount.id, device=mount.device))
 
 
 def _sync(view: View, rules: Policy, entry: _Entry) -> None:

@@ -51,25 +51,36 @@ class Session:
         with _libfuse_explains(point.path):
             pyfuse3.init(operations, f"/dev/fd/{self._fd}", set())
 
-    def run(self, options: MountOptions, on_answer: Callable[[], None], *, stop_at: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
+    def run(
+        self,
+        options: MountOptions,
+        on_answer: Callable[[], None],
+        *,
+        on_mount: Callable[[], None] = lambda: None,
+        stop_at: tuple[signal.Signals, ...] = STOP_SIGNALS,
+    ) -> None:
         """Mount, call `on_answer` when the mount answers, serve until it is unmounted.
 
-        `stop_at`: the first of these signals unmounts, the second ends at once. Raises Refusal if it cannot be mounted; what is raised
-        by `on_answer` or by reading the connection comes out after the mount is gone.
+        on_mount: called before a request is read and before a thread is started; whatever it waited for in the mount would wait for
+        ever. stop_at: the first of these signals unmounts, the second ends at once. Raises Refusal if it cannot be mounted; what is
+        raised by `on_answer` or by reading the connection comes out after the mount is gone.
         """
         # Not one of them may end the process between the mount and the receiver: that would leave a dead mount.
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_at)
         try:
-            trio.run(self._run, options, on_answer, stop_at)
+            trio.run(self._run, options, on_mount, on_answer, stop_at)
         finally:
             # Closing the connection first: whoever waits in the mount gets ENOTCONN, and nothing that follows can wait for us.
             pyfuse3.close(unmount=False)
             if self._point.is_mounted:
                 self._point.unmount(lazily=True)
 
-    async def _run(self, options: MountOptions, on_answer: Callable[[], None], stop_at: tuple[signal.Signals, ...]) -> None:
+    async def _run(
+        self, options: MountOptions, on_mount: Callable[[], None], on_answer: Callable[[], None], stop_at: tuple[signal.Signals, ...]
+    ) -> None:
         with trio.open_signal_receiver(*stop_at) as signals:
             self._point.attach(self._fd, options)
+            on_mount()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_at)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._announce, on_answer)
