@@ -21,6 +21,7 @@ class KernelOverlay:
     upper: Path
     merged: Path
     options: tuple[str, ...] = FULL
+    work_directory: Path | None = None
 
     @property
     def lower(self) -> Path:
@@ -32,7 +33,7 @@ class KernelOverlay:
 
     @property
     def work(self) -> Path:
-        return self.upper.with_name(f".{self.upper.name}.kernel-work")
+        return self.work_directory or self.upper.with_name(f".{self.upper.name}.kernel-work")
 
     def mount(self) -> None:
         self.work.mkdir(exist_ok=True)

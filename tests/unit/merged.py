@@ -20,9 +20,9 @@ from typing import Any
 
 from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core.attributes import Wanted
+from pyoverlay.core.calls import Calls
 from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import Directory, Inode
-from pyoverlay.core.layer import Calls
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.rename import rename
 from pyoverlay.core.stack import open_view
@@ -207,8 +207,8 @@ class Merged:
             inode = self.follow(path)
             if not inode.is_regular:
                 raise failure(errno.EISDIR if isinstance(inode, Directory) else errno.EINVAL)
-            copyup.copy_up(self.view, inode, size)
-            attributes.setattr(self.view, inode, Wanted(size=size))
+            if not copyup.copy_up(self.view, inode, size):
+                attributes.setattr(self.view, inode, Wanted(size=size))
 
     def setattr(self, path: str, wanted: Wanted, *, follow: bool = True) -> None:
         with self._request():
@@ -337,29 +337,36 @@ def _without_symlink_atime(seen: tuple[object, ...]) -> tuple[object, ...]:
     return (*seen[:9], *seen[10:]) if stat.S_ISLNK(mode) else seen
 
 
-class Killed(BaseException):
-    """The process ended here."""
-
 
 _CALLS = frozenset(name for name in vars(Calls) if not name.startswith("_"))
 
 
 class Faulty(Calls):
-    """Counts the calls that change the upper; the one of number `at` raises instead of being made. After Killed, so do all that follow."""
+    """Counts the calls that change the upper; at the one of number `at` it strikes: that raises instead of being made.
+
+    made: the names of all of them, in order.
+    """
 
     def __init__(self, at: int, error: BaseException) -> None:
-        self.count = 0
+        self.made: list[str] = []
         self.at = at
         self.error = error
+
+    @property
+    def count(self) -> int:
+        return len(self.made)
+
+    def strike(self) -> None:
+        raise self.error
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         return partial(self._call, value) if name in _CALLS else value
 
     def _call(self, call: Callable[..., object], *arguments: object) -> object:
-        self.count += 1
-        if self.count == self.at or (self.count > self.at > 0 and isinstance(self.error, Killed)):
-            raise self.error
+        self.made.append(call.__name__)
+        if self.count == self.at:
+            self.strike()
         return call(*arguments)
 
 
@@ -416,6 +423,10 @@ class Stack:
         """What lies in the work directory, but for the spare whiteout that others are made of."""
         spare = self.merged.view.upper._spare
         return sorted(name for name in os.listdir(self.work / "work") if os.fsencode(name) != spare)
+
+    def litter(self) -> list[str]:
+        """What could not be removed from the work directory, and will be tried again."""
+        return sorted(os.fsdecode(name) for name in self.merged.view.upper._litter)
 
     def look_at_lowers(self) -> list[dict[bytes, tuple[object, ...]]]:
         """As `witness`. Only a clone of a mount stops readlink from moving a symlink's time of access, and only root has that."""

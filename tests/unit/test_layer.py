@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pyoverlay.core import syscalls
-from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, Upper, open_below, remove_tree
+from pyoverlay.core.calls import Calls, remove_tree
+from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, Upper, open_below
 from pyoverlay.core.policy import Policy, Whiteouts
 from pyoverlay.testing import Directory, Fifo, File, Symlink, Tree, Whiteout, is_whiteout, make_tree
 from tests.unit.conftest import StackFactory
@@ -94,7 +95,7 @@ def test_a_path_longer_than_path_max_is_reached_in_pieces(tmp_path: Path) -> Non
     assert len(os.listdir("/proc/self/fd")) == before + 1
     for fd in (found, here):
         os.close(fd)
-    remove_tree(top, names[0])
+    remove_tree(Calls(), top, names[0])
     os.close(top)
     assert os.listdir(tmp_path) == []
 
@@ -288,7 +289,7 @@ def test_when_a_spare_has_no_link_left_there_is_a_new_one(stack: StackFactory, i
 def test_a_directory_closed_to_its_owner_is_removed_with_all_it_holds(tmp_path: Path) -> None:
     make_tree(tmp_path, {"directory": {"deep": Directory({"file": "x"}, 0o000)}})
     dirfd = os.open(tmp_path, os.O_PATH)
-    remove_tree(dirfd, b"directory")
+    remove_tree(Calls(), dirfd, b"directory")
     os.close(dirfd)
     assert os.listdir(tmp_path) == []
 

@@ -11,13 +11,12 @@ fs/overlayfs/copy_up.c: chown clears suid, sgid and capabilities even for root, 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyoverlay.core import marks, syscalls
+from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Layer, Place, Upper, tolerated
 from pyoverlay.core.policy import Fsync
@@ -45,17 +44,23 @@ class Copy:
         self.is_published = False
         self.is_cancelled = False  # set from another thread: fill ends with EINTR
 
+    @property
+    def is_truncation(self) -> bool:
+        """Publishing it makes the file shorter too: cut off afterwards, the file would be so for nothing if that failed."""
+        return self.size < self.st.st_size
 
-def copy_up(view: View, inode: Inode, size: int | None = None) -> None:
-    """All three steps in a row. size: only so much of the data, for a truncation."""
+
+def copy_up(view: View, inode: Inode, size: int | None = None) -> bool:
+    """All three steps in a row. size: only so much of the data, for a truncation; returns whether that is thereby done."""
     if inode.in_upper:
-        return
+        return False
     if isinstance(inode, Directory):
         copy_up_directory(view, inode)
-        return
+        return False
     with prepare(view, inode, size) as copy:
         fill(copy)
         publish(view, copy)
+    return copy.is_truncation
 
 
 @contextmanager
@@ -97,17 +102,16 @@ def fill(copy: Copy) -> None:
     if copy.fd < 0:
         return
     if copy.size:
-        if copy.size < copy.st.st_size or not _clone(copy):
+        if copy.is_truncation or not _clone(copy):
             _copy_extents(copy)
-        if copy.size == copy.st.st_size:
-            copy.upper.calls.ftruncate(copy.fd, copy.size)
+        copy.upper.calls.ftruncate(copy.fd, copy.size)
     _order(copy)
 
 
 def _clone(copy: Copy) -> bool:
     """FICLONE, where the file system can."""
     try:
-        fcntl.ioctl(copy.fd, syscalls.FICLONE, copy.source_fd)
+        copy.upper.calls.ficlone(copy.fd, copy.source_fd)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY):
             return False
@@ -152,11 +156,11 @@ def _order(copy: Copy) -> None:
         return
     match copy.upper.fsync:
         case Fsync.ORDERED if copy.upper.keeps_order:
-            syscalls.sync_file_range(copy.fd)
+            copy.upper.calls.sync_file_range(copy.fd)
         case Fsync.ORDERED:
-            os.fdatasync(copy.fd)
+            copy.upper.calls.fdatasync(copy.fd)
         case Fsync.STRICT:
-            os.fsync(copy.fd)
+            copy.upper.calls.fsync(copy.fd)
 
 
 def must_order(upper: Upper) -> bool:
@@ -173,7 +177,7 @@ def publish(view: View, copy: Copy) -> None:
     inode, upper = copy.inode, copy.upper
     copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
     origin = view.origin_of(copy.source) if inode.parent is not None else None
-    copy_attributes(upper, copy.source, copy.st, copy.temporary, origin)
+    copy_attributes(upper, copy.source, copy.st, copy.temporary, origin, keeps_mtime=not copy.is_truncation)
     real = os.fstat(copy.fd) if copy.fd >= 0 else os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
     if inode.parent is None:
         _publish_orphan(view, copy, real)
@@ -238,7 +242,9 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
         view.set_data_fd(copy.inode, copy.fd, is_writable=True)
 
 
-def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes, origin: marks.Origin | None = None) -> None:
+def copy_attributes(
+    upper: Upper, source: Place, st: os.stat_result, name: bytes, origin: marks.Origin | None = None, *, keeps_mtime: bool = True
+) -> None:
     """Owner, xattrs and origin, mode, times, in this order, onto something in the work directory.
 
     The mode after the xattrs, since it may forbid an ordinary user to set any: of a file with mode 0444, which is what git makes.
@@ -252,7 +258,7 @@ def copy_attributes(upper: Upper, source: Place, st: os.stat_result, name: bytes
         upper.set_origin(dirfd, name, origin)
     if not stat.S_ISLNK(st.st_mode):
         upper.calls.chmod(dirfd, name, _mode(source.layer, st))
-    upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns)
+    upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns if keeps_mtime else None)
 
 
 def _mode(layer: Layer, st: os.stat_result) -> int:

@@ -3,8 +3,7 @@
 A layer is a descriptor of its root, taken before anything is mounted, and everything in it is reached from there by relative steps that
 follow no symlink. Where the process may (CAP_SYS_ADMIN), the descriptor is of a detached clone of the layer's mount: read-only and without
 atime for a lower, so that nothing this process does can change it; without submounts, so that what they cover shows, as the kernel's own
-overlay does it (clone_private_mount). `Layer` has no method that writes. `Upper` adds those, and makes each through `Calls`, the one place
-where tests count, fail or kill.
+overlay does it (clone_private_mount). `Layer` has no method that writes. `Upper` adds those, and makes each through its `Calls`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
+from pyoverlay.core.calls import Calls, proc_path, remove_tree
 from pyoverlay.core.policy import Fsync, Whiteouts
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class Layer:
 
     def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
         """getxattr(2) of a name; empty: of dirfd itself."""
-        return os.getxattr(_proc(dirfd, name), attribute, follow_symlinks=not name)
+        return os.getxattr(proc_path(dirfd, name), attribute, follow_symlinks=not name)
 
     def getxattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes | None:
         """As read_xattr, or None: there is none, or this kind of file or file system has no such thing."""
@@ -210,7 +210,7 @@ class Layer:
 
     def listxattr(self, dirfd: int, name: bytes) -> list[bytes]:
         try:
-            return [os.fsencode(attribute) for attribute in os.listxattr(_proc(dirfd, name), follow_symlinks=not name)]
+            return [os.fsencode(attribute) for attribute in os.listxattr(proc_path(dirfd, name), follow_symlinks=not name)]
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 return []
@@ -355,77 +355,6 @@ class Place(NamedTuple):
     name: bytes
 
 
-class Calls:
-    """The system calls that change an upper, one method each, and nothing else: tests put theirs in place of these to count, fail
-    or kill.
-    """
-
-    def open(self, name: bytes, flags: int, mode: int, dirfd: int) -> int:
-        return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
-
-    def mkdir(self, name: bytes, mode: int, dirfd: int) -> None:
-        os.mkdir(name, mode, dir_fd=dirfd)
-
-    def mknod(self, name: bytes, mode: int, rdev: int, dirfd: int) -> None:
-        os.mknod(name, mode, rdev, dir_fd=dirfd)
-
-    def symlink(self, target: bytes, name: bytes, dirfd: int) -> None:
-        os.symlink(target, name, dir_fd=dirfd)
-
-    def link(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes) -> None:
-        if name:
-            syscalls.linkat(dirfd, name, new_dirfd, new)
-        else:
-            syscalls.linkat(syscalls.AT_FDCWD, _proc(dirfd, b""), new_dirfd, new, syscalls.AT_SYMLINK_FOLLOW)
-
-    def unlink(self, name: bytes, dirfd: int) -> None:
-        os.unlink(name, dir_fd=dirfd)
-
-    def rmdir(self, name: bytes, dirfd: int) -> None:
-        os.rmdir(name, dir_fd=dirfd)
-
-    def rename(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes, flags: int = 0) -> None:
-        if flags:
-            syscalls.renameat2(dirfd, name, new_dirfd, new, flags)
-        else:
-            os.rename(name, new, src_dir_fd=dirfd, dst_dir_fd=new_dirfd)
-
-    # An empty name is the object of an O_PATH descriptor: it is reached through /proc, which follows no symlink beyond it.
-
-    def chmod(self, dirfd: int, name: bytes, mode: int) -> None:
-        if name:
-            syscalls.fchmodat(dirfd, name, mode)
-        else:
-            os.chmod(_proc(dirfd, b""), mode)
-
-    def chown(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
-        if name:
-            os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
-        else:
-            os.chown(_proc(dirfd, b""), uid, gid)
-
-    def utimens(self, dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
-        syscalls.utimensat(dirfd, name, atime_ns, mtime_ns)
-
-    def setxattr(self, dirfd: int, name: bytes, attribute: bytes, value: bytes, flags: int) -> None:
-        os.setxattr(_proc(dirfd, name), attribute, value, flags, follow_symlinks=not name)
-
-    def removexattr(self, dirfd: int, name: bytes, attribute: bytes) -> None:
-        os.removexattr(_proc(dirfd, name), attribute, follow_symlinks=not name)
-
-    def ftruncate(self, fd: int, size: int) -> None:
-        os.ftruncate(fd, size)
-
-    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        return os.pwrite(fd, data, offset)
-
-    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
-        syscalls.fallocate(fd, mode, offset, length)
-
-    def copy_file_range(self, fd: int, new_fd: int, length: int, offset: int, new_offset: int) -> int:
-        return os.copy_file_range(fd, new_fd, length, offset, new_offset)
-
-
 class Upper(Layer):
     """The upper: a Layer that can also be changed, with the work directory that makes each change one step.
 
@@ -434,13 +363,12 @@ class Upper(Layer):
     """
 
     def __init__(
-        self, root_fd: int, work_fd: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, fsync: Fsync, calls:
-        Calls | None = None
+        self, root_fd: int, work_fd: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache, fsync: Fsync, calls: Calls
     ) -> None:
         super().__init__(root_fd, 0, fs, is_clone=is_clone, mark_prefix=mark_prefix, cache=cache)
         self.work_fd = work_fd
         self.fsync = fsync
-        self.calls = calls or Calls()
+        self.calls = calls
         self.is_dirty = False
         self.keeps_order = False  # its journal keeps a rename behind the extents written before it
         self._noatime = 0  # what lies in the upper belongs to the merged view: its atime moves as on any file system
@@ -449,11 +377,12 @@ class Upper(Layer):
         self.takes_devices = True
         self.squash: tuple[int | None, int | None] = (None, None)  # the owner that everything has in the view, if it is one
         self._spare: bytes | None = None
+        self._litter: list[bytes] = []  # what could not be discarded
 
     def close(self) -> None:
-        if self._spare is not None:
-            with tolerated("a whiteout stays in the work directory until the next mount"):
-                os.unlink(self._spare, dir_fd=self.work_fd)
+        left, self._litter = self._litter, []
+        for name in (*left, *([self._spare] if self._spare is not None else [])):
+            self.discard(name)
         super().close()
         os.close(self.work_fd)
 
@@ -461,7 +390,7 @@ class Upper(Layer):
         """Everything on disk, unless the mount is volatile."""
         self.is_dirty = False
         if self.fsync is not Fsync.VOLATILE:
-            syscalls.syncfs(self.root_fd)
+            self.calls.syncfs(self.root_fd)
 
     def open_write(self, dirfd: int, name: bytes) -> int:
         """Read-write descriptor of a regular file of the upper."""
@@ -469,7 +398,7 @@ class Upper(Layer):
 
     def open_pinned(self, pin: int, flags: int) -> int:
         """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it."""
-        return os.open(_proc(pin, b""), flags | os.O_CLOEXEC)
+        return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
 
     def pin(self, dirfd: int, name: bytes) -> int:
         """O_PATH descriptor: its inode number cannot be given to another file while this is open."""
@@ -511,16 +440,22 @@ class Upper(Layer):
     def whiteout(self) -> bytes:
         """The name, in the work directory, of a whiteout ready to be renamed to its place."""
         name = self.temporary()
+        self.link_whiteout(self.work_fd, name)
+        return name
+
+    def link_whiteout(self, dirfd: int, name: bytes) -> None:
+        """Put a whiteout where the upper has nothing: one call, once there is one to link."""
         self.is_dirty = True
         if self._spare is not None:
             try:
-                self.calls.link(self.work_fd, self._spare, self.work_fd, name)
-                return name
+                self.calls.link(self.work_fd, self._spare, dirfd, name)
+                return
             except OSError as error:
                 if error.errno not in (errno.EMLINK, errno.ENOENT):  # ext4 allows 65,000 links
                     raise
-        self.calls.link(self.work_fd, self._make_spare(), self.work_fd, name)
-        return name
+            self.discard(self._spare)
+            self._spare = None
+        self.calls.link(self.work_fd, self._make_spare(), dirfd, name)
 
     def _make_spare(self) -> bytes:
         """The whiteout that all others are links of."""
@@ -544,25 +479,6 @@ class Upper(Layer):
             self._make_spare()
         return self.takes_devices
 
-    def link_whiteout(self, dirfd: int, name: bytes) -> None:
-        """Put a whiteout where the upper has nothing: one call."""
-        if self._spare is None:
-            temporary = self.whiteout()
-            try:
-                self.calls.rename(self.work_fd, temporary, dirfd, name)
-            except OSError:
-                self.discard(temporary)
-                raise
-            return
-        self.is_dirty = True
-        try:
-            self.calls.link(self.work_fd, self._spare, dirfd, name)
-        except OSError as error:
-            if error.errno not in (errno.EMLINK, errno.ENOENT):
-                raise
-            self._spare = None
-            self.link_whiteout(dirfd, name)
-
     def set_origin(self, dirfd: int, name: bytes, origin: marks.Origin) -> None:
         """Where it came from. Not worth failing for: without it an inode number changes at the next mount (ovl_set_origin)."""
         try:
@@ -572,11 +488,23 @@ class Upper(Layer):
                 raise
 
     def discard(self, name: bytes) -> None:
-        """Remove what there is under a name of the work directory, a directory with all it holds. What cannot be removed is left for the
-        next mount: it was litter before, and what made it litter is done or has its own error to tell.
+        """Remove what there is under a name of the work directory, a directory with all it holds. What made it litter is done or has its
+        own error to tell, so this raises nothing: what cannot be removed now is tried again with later ones, and by the next mount.
         """
-        with tolerated("something stays in the work directory until the next mount"):
-            remove_tree(self.work_fd, name)
+        self._litter.append(name)
+        for litter in {name, self._litter[0]}:
+            if self._is_removed(litter):
+                self._litter.remove(litter)
+
+    def _is_removed(self, name: bytes) -> bool:
+        try:
+            remove_tree(self.calls, self.work_fd, name)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            log.warning("something stays in the work directory for now: %s", error.strerror)
+            return False
+        return True
 
 
 @contextmanager
@@ -600,31 +528,3 @@ def _require_regular(fd: int) -> int:
         return fd
     os.close(fd)
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-
-def _proc(fd: int, name: bytes) -> bytes:
-    """A path for the calls that take no directory descriptor."""
-    return b"/proc/self/fd/%d/%s" % (fd, name) if name else b"/proc/self/fd/%d" % fd
-
-
-def remove_tree(dirfd: int, name: bytes) -> None:
-    """Remove a name and all below it, never following a symlink."""
-    try:
-        os.unlink(name, dir_fd=dirfd)
-        return
-    except IsADirectoryError:
-        pass
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(name, flags, dir_fd=dirfd)
-    except PermissionError:  # an ordinary user's own directory may be closed to that user
-        syscalls.fchmodat(dirfd, name, 0o700)
-        fd = os.open(name, flags, dir_fd=dirfd)
-    try:
-        with os.scandir(fd) as entries:
-            names = [os.fsencode(entry.name) for entry in entries]
-        for below in names:
-            remove_tree(fd, below)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=dirfd)

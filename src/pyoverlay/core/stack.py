@@ -12,7 +12,8 @@ import resource
 from collections.abc import Sequence
 
 from pyoverlay.core import marks, syscalls
-from pyoverlay.core.layer import DescriptorCache, Lower, Upper, remove_tree
+from pyoverlay.core.calls import Calls, remove_tree
+from pyoverlay.core.layer import DescriptorCache, Lower, Upper
 from pyoverlay.core.policy import Policy, Whiteouts
 from pyoverlay.core.probe import ProbedLower
 from pyoverlay.core.view import View
@@ -21,19 +22,20 @@ _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_UPPER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # syncfs(2) refuses O_PATH
 
 
-def open_view(lowers: Sequence[bytes], upper: bytes | None, work: bytes | None, policy: Policy) -> View:
+def open_view(lowers: Sequence[bytes], upper: bytes | None, work: bytes | None, policy: Policy, calls: Calls | None = None) -> View:
     """Open the layers, from the top, and clear what an earlier mount left in the work directory.
 
-    Paths are absolute. Raises OSError with the path as its filename: what open(2) raises, EXDEV (upper and work on two mounts), EROFS,
-    EPERM or EOPNOTSUPP (no extended attributes in the work directory).
+    Paths are absolute. calls: by which the upper is changed. Raises OSError with the path as its filename: what open(2) raises, EXDEV
+    (upper and work on two mounts), EROFS, EPERM or EOPNOTSUPP (no extended attributes in the work directory).
     """
     cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
     prefix = marks.USER if policy.userxattr else marks.TRUSTED
     filesystems: list[int] = []
     opened: list[Lower | Upper] = []
     try:
-        upper_layer = _open_upper(upper, work, policy, prefix, cache, filesystems) if upper is not None and work is not None else None
-        if upper_layer is not None:
+        upper_layer: Upper | None = None
+        if upper is not None and work is not None:
+            upper_layer = _open_upper(upper, work, policy, prefix, cache, filesystems, calls or Calls())
             opened.append(upper_layer)
         lower_layers: list[Lower] = []
         for index, path in enumerate(lowers, start=1):
@@ -109,7 +111,9 @@ def _make_read_only(fd: int) -> None:
         syscalls.mount_setattr(fd, syscalls.MOUNT_ATTR_RDONLY, 0)
 
 
-def _open_upper(upper: bytes, work: bytes, policy: Policy, prefix: bytes, cache: DescriptorCache, filesystems: list[int]) -> Upper:
+def _open_upper(
+    upper: bytes, work: bytes, policy: Policy, prefix: bytes, cache: DescriptorCache, filesystems: list[int], calls: Calls
+) -> Upper:
     upper_fd = os.open(upper, _OPEN_UPPER)
     try:
         work_fd = os.open(work, _OPEN_UPPER)
@@ -122,9 +126,9 @@ def _open_upper(upper: bytes, work: bytes, policy: Policy, prefix: bytes, cache:
         is_clone = policy.privileged
         if is_clone:
             upper_fd, work_fd = _clone_both(upper, upper_fd, work, work_fd)
-        inner = _open_inner_work(work_fd, work)
+        inner = _open_inner_work(calls, work_fd, work)
         fs = _filesystem(upper_fd, filesystems)
-        layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync)
+        layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync, calls=calls)
         layer.keeps_order = keeps_order(upper_fd)
         layer.squash = (policy.squash_uid, policy.squash_gid)
         return layer
@@ -159,44 +163,44 @@ def _clone_both(upper: bytes, upper_fd: int, work: bytes, work_fd: int) -> tuple
     return new_upper, new_work
 
 
-def _open_inner_work(work_fd: int, work: bytes) -> int:
+def _open_inner_work(calls: Calls, work_fd: int, work: bytes) -> int:
     """`work/work`, as the kernel has it, emptied of what a mount that was killed left there."""
     path = os.fsdecode(os.path.join(work, b"work"))
     try:
         try:
-            os.mkdir(b"work", 0o700, dir_fd=work_fd)
+            calls.mkdir(b"work", 0o700, work_fd)
         except FileExistsError:
             pass
         # What is made in it must inherit nothing from whatever directory the work directory lies in: no group, no ACL. And the kernel
         # leaves it with mode 000.
-        syscalls.fchmodat(work_fd, b"work", 0o700)
+        calls.chmod(work_fd, b"work", 0o700)
         fd = os.open(b"work", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work_fd)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
     try:
-        _remove_acls(fd)
-        _clear(fd)
+        _remove_acls(calls, fd)
+        _clear(calls, fd)
     except OSError as error:
         os.close(fd)
         raise OSError(error.errno, error.strerror, path) from None
     return fd
 
 
-def _remove_acls(fd: int) -> None:
+def _remove_acls(calls: Calls, fd: int) -> None:
     for attribute in (b"system.posix_acl_default", b"system.posix_acl_access"):
         try:
-            os.removexattr(fd, attribute)
+            calls.removexattr(fd, b".", attribute)
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise
 
 
-def _clear(fd: int) -> None:
+def _clear(calls: Calls, fd: int) -> None:
     with os.scandir(fd) as entries:
         left = [os.fsencode(entry.name) for entry in entries]
     for name in left:
         if name != b"incompat":
-            remove_tree(fd, name)
+            remove_tree(calls, fd, name)
 
 
 def keeps_order(fd: int) -> bool:

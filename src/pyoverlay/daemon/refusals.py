@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from pyoverlay import mountinfo
-from pyoverlay.core.layer import remove_tree
+from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.daemon import locks
 from pyoverlay.daemon.options import Options
 from pyoverlay.errors import OptionRefused, Refusal, printable
@@ -156,7 +156,7 @@ def _take_back_inner_work(work: Directory, undo: ExitStack) -> None:
 
 def _remove_if_there(dirfd: int, name: bytes) -> None:
     with suppress(FileNotFoundError):
-        remove_tree(dirfd, name)
+        remove_tree(Calls(), dirfd, name)
 
 
 # ── how they lie to one another ─────────────────────────────────────────────────────────────────────────────────────────────

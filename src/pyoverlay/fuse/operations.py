@@ -140,18 +140,19 @@ class Operations(pyfuse3.Operations):
 
     # -- copy-up
 
-    async def _copy_up(self, inode: Inode, size: int | None = None, request: int | None = None) -> None:
-        """The object in the upper. Who meets a copy-up under way waits for it. size: no more of the data is wanted."""
+    async def _copy_up(self, inode: Inode, size: int | None = None, request: int | None = None) -> bool:
+        """The object in the upper. Who meets a copy-up under way waits for it. size: no more of the data is wanted; returns whether the
+        file is thereby truncated.
+        """
         if inode.in_upper:
-            return
+            return False
         request = self._request() if request is None else request
         while (other := self._copying.get(inode)) is not None:
             await other.done.wait()
         if inode.in_upper:
-            return
+            return False
         if not inode.is_regular:
-            copyup.copy_up(self.view, inode)
-            return
+            return copyup.copy_up(self.view, inode)
         this = self._copying[inode] = UnderWay(request)
         try:
             with copyup.prepare(self.view, inode, size) as this.copy:
@@ -160,6 +161,7 @@ class Operations(pyfuse3.Operations):
                 else:
                     await trio.to_thread.run_sync(copyup.fill, this.copy)
                 copyup.publish(self.view, this.copy)
+                return this.copy.is_truncation
         finally:
             del self._copying[inode]
             this.done.set()
@@ -212,7 +214,8 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         drops_privileges = self._setattr_drops_privileges()
-        await self._copy_up(known, wanted.size)
+        if await self._copy_up(known, wanted.size):
+            wanted.size = None
         st = attributes.setattr(self.view, known, wanted)
         if drops_privileges:
             attributes.drop_privileges_of(self.view, known)
@@ -306,8 +309,8 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         known = self.view.inode(inode)
         if flags & os.O_TRUNC:
-            await self._copy_up(known, 0)
-            attributes.setattr(self.view, known, attributes.Wanted(size=0))
+            if not await self._copy_up(known, 0):
+                attributes.setattr(self.view, known, attributes.Wanted(size=0))
             if ctx.uid:
                 attributes.drop_privileges_of(self.view, known)  # the kernel sends no SETATTR for this one
         else:
@@ -382,7 +385,8 @@ class Operations(pyfuse3.Operations):
         else:
             fd = os.dup(self.view.data_fd(inode, write=True))
         try:
-            await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
+            calls = self.view.upper.calls
+            await trio.to_thread.run_sync(calls.fdatasync if datasync else calls.fsync, fd)
         finally:
             os.close(fd)
 

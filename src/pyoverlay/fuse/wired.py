@@ -226,10 +226,11 @@ class WiredOperations(Operations):
             raise failure(errno.ENOTTY)
         inode = await self._copied_up(ino)
         self.view.upper.is_dirty = True
-        self._with_descriptor(inode, lambda fd: fcntl.ioctl(fd, cmd, arg[: _WRITING[cmd]]))
+        calls = self.view.upper.calls
+        self._with_descriptor(inode, lambda fd: calls.ioctl(fd, cmd, arg[: _WRITING[cmd]]))
         return b""
 
-    def _with_descriptor(self, inode: Inode, call: Callable[[int], bytes]) -> bytes:
+    def _with_descriptor(self, inode: Inode, call: Callable[[int], T]) -> T:
         """A call on the object's own descriptor, one that reads."""
         if inode.is_regular:
             return call(self.view.data_fd(inode))

@@ -1,0 +1,130 @@
+"""The one seam for what changes: every system call by which an upper or a work directory is changed, or put on disk, is made here.
+
+Tests put another object in the place of `Calls`, which counts, fails with ENOSPC, or kills the process at call N: so that this tells
+of all of them, no other module makes such a call (tests/unit/test_architecture.py). The extension alone writes data of open files of the
+upper by itself, one pwrite(2) a request.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from pyoverlay.core import syscalls
+
+
+class Calls:
+    """One method a system call, under its name. Each raises what the call does."""
+
+    def open(self, name: bytes, flags: int, mode: int, dirfd: int) -> int:
+        return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
+
+    def mkdir(self, name: bytes, mode: int, dirfd: int) -> None:
+        os.mkdir(name, mode, dir_fd=dirfd)
+
+    def mknod(self, name: bytes, mode: int, rdev: int, dirfd: int) -> None:
+        os.mknod(name, mode, rdev, dir_fd=dirfd)
+
+    def symlink(self, target: bytes, name: bytes, dirfd: int) -> None:
+        os.symlink(target, name, dir_fd=dirfd)
+
+    def link(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes) -> None:
+        if name:
+            syscalls.linkat(dirfd, name, new_dirfd, new)
+        else:
+            syscalls.linkat(syscalls.AT_FDCWD, proc_path(dirfd, b""), new_dirfd, new, syscalls.AT_SYMLINK_FOLLOW)
+
+    def unlink(self, name: bytes, dirfd: int) -> None:
+        os.unlink(name, dir_fd=dirfd)
+
+    def rmdir(self, name: bytes, dirfd: int) -> None:
+        os.rmdir(name, dir_fd=dirfd)
+
+    def rename(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes, flags: int = 0) -> None:
+        if flags:
+            syscalls.renameat2(dirfd, name, new_dirfd, new, flags)
+        else:
+            os.rename(name, new, src_dir_fd=dirfd, dst_dir_fd=new_dirfd)
+
+    # An empty name is the object of an O_PATH descriptor: it is reached through /proc, which follows no symlink beyond it.
+
+    def chmod(self, dirfd: int, name: bytes, mode: int) -> None:
+        if name:
+            syscalls.fchmodat(dirfd, name, mode)
+        else:
+            os.chmod(proc_path(dirfd, b""), mode)
+
+    def chown(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
+        if name:
+            os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
+        else:
+            os.chown(proc_path(dirfd, b""), uid, gid)
+
+    def utimens(self, dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
+        syscalls.utimensat(dirfd, name, atime_ns, mtime_ns)
+
+    def setxattr(self, dirfd: int, name: bytes, attribute: bytes, value: bytes, flags: int) -> None:
+        os.setxattr(proc_path(dirfd, name), attribute, value, flags, follow_symlinks=not name)
+
+    def removexattr(self, dirfd: int, name: bytes, attribute: bytes) -> None:
+        os.removexattr(proc_path(dirfd, name), attribute, follow_symlinks=not name)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        syscalls.fallocate(fd, mode, offset, length)
+
+    def copy_file_range(self, fd: int, new_fd: int, length: int, offset: int, new_offset: int) -> int:
+        return os.copy_file_range(fd, new_fd, length, offset, new_offset)
+
+    def ficlone(self, fd: int, source_fd: int) -> None:
+        fcntl.ioctl(fd, syscalls.FICLONE, source_fd)
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> None:
+        fcntl.ioctl(fd, request, argument)
+
+    # What changes nothing but says when it is on disk.
+
+    def sync_file_range(self, fd: int) -> None:
+        syscalls.sync_file_range(fd)
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def syncfs(self, fd: int) -> None:
+        syscalls.syncfs(fd)
+
+
+def proc_path(fd: int, name: bytes) -> bytes:
+    """A path for the calls that take no directory descriptor."""
+    return b"/proc/self/fd/%d/%s" % (fd, name) if name else b"/proc/self/fd/%d" % fd
+
+
+def remove_tree(calls: Calls, dirfd: int, name: bytes) -> None:
+    """Remove a name and all below it, never following a symlink."""
+    try:
+        calls.unlink(name, dirfd)
+        return
+    except IsADirectoryError:
+        pass
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, dir_fd=dirfd)
+    except PermissionError:  # an ordinary user's own directory may be closed to that user
+        calls.chmod(dirfd, name, 0o700)
+        fd = os.open(name, flags, dir_fd=dirfd)
+    try:
+        with os.scandir(fd) as entries:
+            names = [os.fsencode(entry.name) for entry in entries]
+        for below in names:
+            remove_tree(calls, fd, below)
+    finally:
+        os.close(fd)
+    calls.rmdir(name, dirfd)
