@@ -4,6 +4,9 @@ The daemon writes its file before it says that it is ready and removes it at its
 holds, since /run may by then lie below its own mount. Everybody else reads. A file whose process is gone is stale: pid and start
 time together name a process for good, a pid alone comes back. A daemon that could not sync its upper at the end leaves its file
 with `failure` in it, for `pyoverlay umount` to report.
+
+Beside it, `ID.sock` is where the daemon tells its counts: whoever connects gets one line of JSON and the end (daemon/control.py). A
+daemon that takes the connection and says nothing hangs.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ import glob
 import json
 import os
 import secrets
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from pyoverlay.core.policy import Policy
+
 SUFFIX = ".json"
+SOCKET_SUFFIX = ".sock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,8 @@ class Record:
     """One mount. Paths are absolute, without symlinks, as they were when it was made; lowers top first.
 
     start_time: of process `pid`, in clock ticks since boot (proc_pid_stat(5), field 22). device: the mount's `major:minor`.
-    started: seconds since 1970. failure: why the daemon's last sync failed, None while all is well.
+    started: seconds since 1970. features: the mount's policy, as `Policy.plain` gives it, and what else is on or off. failure: why the
+    daemon's last sync failed, None while all is well.
     """
 
     id: str
@@ -38,7 +46,13 @@ class Record:
     work: bytes | None
     options: tuple[str, ...]
     started: float
+    features: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """What the core was told. ValueError: a choice of a later release."""
+        return Policy.from_plain(self.features)
 
     @property
     def is_alive(self) -> bool:
@@ -113,6 +127,54 @@ def remove(directory: int, record: Record) -> None:
         os.unlink(record.id + SUFFIX, dir_fd=directory)
 
 
+def listen(directory: int, record: Record) -> socket.socket:
+    """The listening socket of a mount, mode 0600. OSError as bind(2) raises it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    old = os.umask(0o177)
+    try:
+        # Through the descriptor: an address holds 107 bytes, and a runtime directory may be longer than that.
+        listener.bind(f"/proc/self/fd/{directory}/{record.id}{SOCKET_SUFFIX}")
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(old)
+    return listener
+
+
+def remove_socket(directory: int, record: Record) -> None:
+    """Take a mount's socket out; nothing happens if it is gone."""
+    with suppress(FileNotFoundError):
+        os.unlink(record.id + SOCKET_SUFFIX, dir_fd=directory)
+
+
+def ask(record: Record, seconds: float) -> dict[str, Any] | None:
+    """What the daemon tells of itself; None: there is nobody to ask. TimeoutError: it took the question, and gave no answer in time."""
+    for path in readable_directories():
+        try:
+            directory = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        except (FileNotFoundError, PermissionError):
+            continue
+        try:
+            return _ask(f"/proc/self/fd/{directory}/{record.id}{SOCKET_SUFFIX}", seconds)
+        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+            continue
+        finally:
+            os.close(directory)
+    return None
+
+
+def _ask(address: str, seconds: float) -> dict[str, Any] | None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(seconds)
+        connection.connect(address)
+        with connection.makefile("rb") as answer:
+            content = answer.read()
+    told = json.loads(content) if content else None
+    return told if isinstance(told, dict) else None
+
+
 def leave_failure(directory: int, record: Record, failure: str) -> None:
     """Keep the record of a daemon that is about to end, with the reason why its last sync failed."""
     write(directory, replace(record, failure=failure))
@@ -138,8 +200,9 @@ def live() -> list[Record]:
 
 def forget(path: str, record: Record) -> None:
     """Remove a record whose daemon is gone from the directory at `path`."""
-    with suppress(FileNotFoundError, PermissionError):
-        os.unlink(f"{path}/{record.id}{SUFFIX}")
+    for suffix in (SUFFIX, SOCKET_SUFFIX):
+        with suppress(FileNotFoundError, PermissionError):
+            os.unlink(f"{path}/{record.id}{suffix}")
 
 
 def clear(record: Record) -> None:
@@ -176,4 +239,5 @@ def _record(texts: dict[str, Any]) -> Record:
         texts[name] = None if texts[name] is None else os.fsencode(texts[name])
     texts["lowers"] = tuple(map(os.fsencode, texts["lowers"]))
     texts["options"] = tuple(texts["options"])
+    texts.setdefault("features", {})  # a daemon of an earlier release
     return Record(**{field.name: texts[field.name] for field in fields(Record)})

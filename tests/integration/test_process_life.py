@@ -469,7 +469,7 @@ def test_an_ordinary_user_mounts_writes_and_unmounts(home: Path) -> None:
     result = as_user(
         home,
         "$po mount lower upper merged; cat merged/file; echo new > merged/new; rm merged/file; grep $PWD/merged /proc/mounts;"
-        " ls run/pyoverlay | wc -l; $po umount merged; ls upper; ls run/pyoverlay | wc -l",
+        " ls run/pyoverlay/*.json | wc -l; $po umount merged; ls upper; ls run/pyoverlay | wc -l",
     )
     assert result.stderr == ""
     content, mount, listed, *upper, left = result.stdout.splitlines()

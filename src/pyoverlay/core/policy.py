@@ -6,8 +6,10 @@ Policy and never looks at the machine to make up its mind.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 
 class RedirectDir(Enum):
@@ -58,3 +60,21 @@ class Policy:
     privileged: bool = True
     squash_uid: int | None = None
     squash_gid: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The choices as JSON can hold them, for `from_plain`."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Policy:
+        """The policy that `plain` was made of. What it does not name is as in a Policy(); other names are passed over.
+
+        ValueError: a choice that this release does not know.
+        """
+        chosen: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name in plain:
+                value = plain[field.name]
+                chosen[field.name] = type(field.default)(value) if isinstance(field.default, Enum) else value
+        return cls(**chosen)

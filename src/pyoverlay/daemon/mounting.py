@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
 from pyoverlay.core.view import View
-from pyoverlay.daemon import logs, privileges, refusals
+from pyoverlay.daemon import control, logs, privileges, refusals
 from pyoverlay.daemon.holders import described, holders, open_proc
 from pyoverlay.daemon.options import Options, policy
 from pyoverlay.daemon.refusals import Directory, Layers
@@ -27,6 +28,7 @@ from pyoverlay.daemon.request import Request
 from pyoverlay.errors import NoPrivilege, Refusal, printable
 from pyoverlay.fuse.binding import wire
 from pyoverlay.fuse.mountpoint import MountOptions, MountPoint, open_mount_point
+from pyoverlay.fuse.operations import Operations
 from pyoverlay.fuse.session import STOP_SIGNALS, Session
 from pyoverlay.fuse.wired import operations_for
 
@@ -52,15 +54,17 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             refusals.mark_volatile(layers.work)
         point = open_mount_point(layers.merged.path)
         held.callback(point.close)
-        entry = _Entry(layers, request.options, point)
+        entry = _Entry(layers, request.options, rules, point)
         held.callback(entry.close)
+        operations = operations_for(view, wire, writeback=request.options.writeback)
         proc = open_proc()
         held.callback(os.close, proc)
         session = Session(
-            operations_for(view, wire, writeback=request.options.writeback),
+            operations,
             point,
             stop_timeout=request.options.stop_timeout,
             who_holds=lambda: _who_holds(proc, point),
+            beside=lambda: entry.tell(operations),
         )
         logs.stay_off_source_files()
 
@@ -150,7 +154,7 @@ def _sync(view: View, rules: Policy, entry: _Entry) -> None:
 class _Entry:
     """The line of one mount in the registry. A mount without one works all the same, and the log says so."""
 
-    def __init__(self, layers: Layers, options: Options, point: MountPoint) -> None:
+    def __init__(self, layers: Layers, options: Options, rules: Policy, point: MountPoint) -> None:
         pid = os.getpid()
         self._point = point
         self._directory = _registry_directory()
@@ -166,7 +170,9 @@ class _Entry:
             work=_path(layers.work),
             options=tuple(option for option in options.given if not option.startswith(("lowerdir", "upperdir=", "workdir="))),
             started=time.time(),
+            features={**rules.plain(), "writeback": options.writeback, "extension": wire is not None},
         )
+        self._listener = _listener(self._directory, self.record)
 
     def write(self) -> None:
         mount = self._point.mount
@@ -175,12 +181,24 @@ class _Entry:
         if self._directory is not None:
             registry.write(self._directory, self.record)
 
+    async def tell(self, operations: Operations) -> None:
+        """Answer whoever asks for the mount's counts."""
+        if self._listener is not None:
+            view = operations.view
+            await control.answer(
+                self._listener,
+                lambda: {"requests": operations.requests(), "inodes": len(view.table.by_ino), "descriptors": len(view.cache)},
+            )
+
     def leave_failure(self, failure: str) -> None:
         self._failure = failure
 
     def close(self) -> None:
         if self._directory is None:
             return
+        if self._listener is not None:
+            self._listener.close()
+            registry.remove_socket(self._directory, self.record)
         if self._failure is None:
             registry.remove(self._directory, self.record)
         else:
@@ -193,6 +211,16 @@ def _registry_directory() -> int | None:
         return registry.open_directory()
     except OSError as error:
         log.warning("%s: this mount will not be listed: %s", registry.own_directory(), error.strerror)
+        return None
+
+
+def _listener(directory: int | None, record: registry.Record) -> socket.socket | None:
+    if directory is None:
+        return None
+    try:
+        return registry.listen(directory, record)
+    except OSError as error:
+        log.warning("%s: this mount cannot be asked for its counts: %s", registry.own_directory(), error.strerror)
         return None
 
 

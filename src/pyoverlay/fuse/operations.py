@@ -14,6 +14,7 @@ import errno
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -57,6 +58,7 @@ def handler(method: Method) -> Method:
 
     @functools.wraps(method)
     async def answer(self: Operations, *arguments: Any) -> Any:
+        self.answered[method.__name__] += 1
         try:
             return await method(self, *arguments)
         except OSError as error:
@@ -93,12 +95,17 @@ class Operations(pyfuse3.Operations):
     def __init__(self, view: View) -> None:
         super().__init__()
         self.view = view
+        self.answered: Counter[str] = Counter()  # by handler
         self._copying: dict[Inode, UnderWay] = {}  # copy-ups whose data is on the way
         policy = view.policy
         self._squash = (policy.squash_uid, policy.squash_gid) if (policy.squash_uid, policy.squash_gid) != (None, None) else None
         self._nothing = pyfuse3.EntryAttributes()
         self._nothing.st_ino = 0
         self._nothing.entry_timeout = FOREVER
+
+    def requests(self) -> dict[str, int]:
+        """How often each kind of request came. Where the extension is not loaded: those that have a handler of their own."""
+        return dict(self.answered)
 
     # -- translation
 

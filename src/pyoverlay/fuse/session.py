@@ -37,13 +37,23 @@ class Session:
     """A connection to the kernel that serves `operations` at `point`.
 
     stop_timeout: seconds that a mount that is told to end serves those who still use it. who_holds: asked for a line that names them;
-    it must pass no path to the kernel. Raises Refusal where /dev/fuse or libfuse refuses.
+    it must pass no path to the kernel. beside: runs while the mount is served, and is cancelled at its end. Raises Refusal where /dev/fuse
+    or libfuse refuses.
     """
 
-    def __init__(self, operations: pyfuse3.Operations, point: MountPoint, *, stop_timeout: float, who_holds: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        operations: pyfuse3.Operations,
+        point: MountPoint,
+        *,
+        stop_timeout: float,
+        who_holds: Callable[[], str],
+        beside: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._point = point
         self._stop_timeout = stop_timeout
         self._who_holds = who_holds
+        self._beside = beside
         self._fd = point.open_connection()
         loop.install(wire)
         if wire is not None:
@@ -85,6 +95,8 @@ class Session:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._announce, on_answer)
                 nursery.start_soon(self._obey, signals, nursery)
+                if self._beside is not None:
+                    nursery.start_soon(self._beside)
                 await pyfuse3.main()
                 nursery.cancel_scope.cancel()
 

@@ -53,6 +53,11 @@ class WiredOperations(Operations):
         view.before_drop = self._drop
         view.cache.before_close = self._unregister
 
+    def requests(self) -> dict[str, int]:
+        """Every request that was received, by the kernel's name of it, with those that the extension answered by itself."""
+        counts, _ = self._wire.counts()
+        return {opcodes.REQUESTS.get(opcode, f"opcode {opcode}"): count for opcode, count in counts.items() if count}
+
     # -- the data lanes
 
     def _register(self, inode: Inode) -> None:
