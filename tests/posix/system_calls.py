@@ -9,6 +9,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ IN_CREATE = 0x100
 IN_DELETE = 0x200
 IN_DELETE_SELF = 0x400
 IN_NONBLOCK = 0o4000
+
+MS_REMOUNT = 32
+_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_CLONE_NEWNS = 0x20000
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -118,8 +123,34 @@ def mount(source: str, target: StrPath, kind: str, flags: int = 0, data: str = "
     _checked(_libc.mount(source.encode(), os.fsencode(target), kind.encode(), flags, data.encode()), target)
 
 
+def remount(target: StrPath) -> None:
+    """Mount again what is mounted, with its default flags: the kernel drops all names of it that are not in use (shrink_dcache_sb), and
+    with them the inodes and their pages.
+    """
+    mount("none", target, "none", MS_REMOUNT)
+
+
 def umount(target: StrPath, flags: int = 0) -> None:
     _checked(_libc.umount2(os.fsencode(target), flags), target)
+
+
+@contextmanager
+def private_mounts() -> Iterator[None]:
+    """A mount namespace of this thread's own. What is mounted in it ends with its umount(2): a namespace that somebody makes meanwhile, as
+    each container does, holds a copy of every mount of the one it comes from.
+    """
+    before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    directory = os.getcwd()
+    try:
+        _checked(_libc.unshare(_CLONE_NEWNS))
+        try:
+            mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
+            yield
+        finally:
+            _checked(_libc.setns(before, _CLONE_NEWNS))
+            os.chdir(directory)
+    finally:
+        os.close(before)
 
 
 class DirectoryStream:

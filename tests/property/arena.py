@@ -1,23 +1,23 @@
-"""Two overlays over equal layers, the kernel's and ours, and a supply of directories in them that start out the same.
-
-A mount takes as long as hundreds of operations. So one pair of mounts serves many sequences, each in a directory of its own; what is
-on disk in the end is judged for all of them at once.
-"""
+"""Two overlays over equal layers, the kernel's and ours: the same operations on both, then each reads what the other left on disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pyoverlay.testing import Directory, Entry, Fifo, File, HardLink, Overlay, Symlink, Tree, Whiteout, make_tree, snapshot
+from pyoverlay.testing import Directory, Entry, Fifo, File, HardLink, Symlink, Tree, Whiteout, make_tree, snapshot
 from tests.integration.looks import OPAQUE, litter
 from tests.posix.check import NOBODY, opened
 from tests.posix.kernel_overlay import FULL, KernelOverlay
-from tests.property.operations import Operation, Remount, outcome
+from tests.posix.system_calls import remount
+from tests.property.disks import disk_difference
+from tests.property.forked import ForkedOverlay, Forker, forker
+from tests.property.operations import OfTheMount, Operation, Remount, outcome
 
 # What a sequence begins with: (upper lower, bottom lower, upper). Names are those of the strategies.
 # Objects of lowers have one name each: without an index on disk links of a lower part at a remount, by design.
@@ -40,7 +40,6 @@ LAYERS: dict[str, tuple[Tree, Tree, Tree]] = {
     ),
 }
 TEMPLATES = tuple(LAYERS)
-SUPPLY = 60  # directories of each kind in one pair of mounts
 
 State = dict[bytes, Entry]
 
@@ -97,130 +96,119 @@ class Difference(AssertionError):
 
 @dataclass(slots=True)
 class Pair:
-    """The two mounts, and which sequence ran in which of their directories."""
+    """The two mounts of one sequence."""
 
     base: Path
+    start: str
+    forker: Forker
     kernel: KernelOverlay = field(init=False)
-    ours: Overlay = field(init=False)
+    ours: ForkedOverlay = field(init=False)
+    sequence: list[Operation] = field(default_factory=list)
     since_ns: int = field(default_factory=time.time_ns)
-    ran: dict[str, tuple[str, Sequence[Operation]]] = field(default_factory=dict)
-    taken: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for side in ("kernel", "ours"):
-            (self.base / side).mkdir()
-            for name in ("top", "bottom", "upper", "merged"):
-                (self.base / side / name).mkdir()
-            self._fill(self.base / side)
+            for name, tree in zip(("top", "bottom", "upper", "merged"), (*LAYERS[self.start], {}), strict=True):
+                directory = self.base / side / name
+                directory.mkdir(parents=True)
+                make_tree(directory, tree)
+                directory.chmod(0o777)
         self.kernel = KernelOverlay(self._lowers("kernel"), self.base / "kernel/upper", self.base / "kernel/merged", FULL)
-        self.ours = Overlay(self._lowers("ours"), self.base / "ours/upper", self.base / "ours/merged")
-        self.kernel.mount()
-        self.ours.mount()
+        self.ours = ForkedOverlay(self._lowers("ours"), self.base / "ours/upper", self.base / "ours/merged", forker=self.forker)
 
     def _lowers(self, side: str) -> tuple[Path, Path]:
         return self.base / side / "top", self.base / side / "bottom"
 
-    def _fill(self, side: Path) -> None:
-        for start, trees in LAYERS.items():
-            for number in range(SUPPLY):
-                for name, tree in zip(("top", "bottom", "upper"), trees, strict=True):
-                    directory = side / name / f"{start}{number}"
-                    directory.mkdir()
-                    directory.chmod(0o777)
-                    make_tree(directory, tree)
-
-    def is_exhausted(self, start: str) -> bool:
-        return self.taken.get(start, 0) == SUPPLY
-
-    def run(self, start: str, choose: Choice) -> None:
+    def run(self, choose: Choice) -> None:
         """Run operations on both sides, comparing each outcome, then the trees. Raises Difference."""
-        number = self.taken[start] = self.taken.get(start, 0) + 1
-        name = f"{start}{number - 1}"
-        sequence: list[Operation] = []
-        self.ran[name] = (start, sequence)
-        while (operation := choose(self.kernel.merged / name)) is not None:
-            sequence.append(operation)
-            if isinstance(operation, Remount):
-                # Ours alone: the kernel is the reference, and refuses an upper again (EBUSY) for as long as any mount namespace on
-                # the machine, which somebody may just have made, still holds the mount.
-                self.ours.remount()
+        self.kernel.mount()
+        self.ours.mount()
+        while (operation := choose(self.kernel.merged)) is not None:
+            self.sequence.append(operation)
+            if isinstance(operation, OfTheMount):
+                self._serve(operation)
                 continue
-            expected, got = (self._outcome(side / name, operation) for side in (self.kernel.merged, self.ours.merged))
+            expected, got = (_outcome(side.merged, operation) for side in (self.kernel, self.ours))
             if expected != got:
-                raise Difference(f"{operation}:\n  kernel: {expected}\n  ours:   {got}", start, sequence)
-        expected_state, got_state = (state(side / name, self.since_ns) for side in (self.kernel.merged, self.ours.merged))
+                raise self._differ(f"{operation}:\n  kernel: {expected}\n  ours:   {got}")
+        expected_state, got_state = (state(side.merged, self.since_ns) for side in (self.kernel, self.ours))
         _forgive_touched_directories(expected_state, got_state)
         if found := difference(expected_state, got_state):
-            raise Difference(f"the trees differ:\n{found}", start, sequence)
+            raise self._differ(f"the trees differ:\n{found}")
 
-    def _outcome(self, directory: Path, operation: Operation) -> object:
-        # The directories above are closed to the ordinary user that an operation may run as.
-        with opened(".", os.O_PATH) as before:
-            os.chdir(directory)
-            try:
-                return outcome(operation)
-            finally:
-                os.fchdir(before)
+    def _serve(self, operation: OfTheMount) -> None:
+        if isinstance(operation, Remount):
+            self.kernel.remount()
+            self.ours.remount()
+        else:
+            remount(self.ours.merged)
 
     def judge_the_disks(self) -> None:
-        """Mount each upper by the other side: both must show every tree as its maker did. Raises Difference for the first that differs."""
-        kernels, ours = ({name: state(side / name, self.since_ns) for name in self.ran} for side in (self.kernel.merged, self.ours.merged))
+        """Mount each upper by the other side: both must show the tree as its maker did; then look at the uppers. Raises Difference."""
+        kernels, ours = (state(side.merged, self.since_ns) for side in (self.kernel, self.ours))
         self.close()
         assert litter(self.ours) == []
+        assert self.ours.log.read_text() == ""
         swapped = KernelOverlay(self.ours.lowers, self.ours.writable, self.kernel.merged, FULL)
-        swapped.mount()
-        try:
-            self._compare(ours, swapped.merged, "the kernel shows our upper otherwise than we did (here we are the reference)")
-        finally:
-            swapped.umount()
-        read_back = Overlay(self.kernel.lowers, self.kernel.upper, self.ours.merged)
-        read_back.mount()
-        try:
-            self._compare(kernels, read_back.merged, "we show the kernel's upper otherwise than it did")
-        finally:
-            read_back.close()
+        read_back = ForkedOverlay(self.kernel.lowers, self.kernel.upper, self.ours.merged, forker=self.forker)
+        self._compare(ours, swapped, "the kernel shows our upper otherwise than we did (here we are the reference)")
+        self._compare(kernels, read_back, "we show the kernel's upper otherwise than it did")
+        if found := disk_difference(self.kernel.upper, self.ours.writable):
+            raise self._differ(f"the uppers differ:\n{found}")
 
-    def _compare(self, expected: dict[str, State], merged: Path, what: str) -> None:
-        for name, (start, sequence) in self.ran.items():
-            if found := difference(expected[name], state(merged / name, self.since_ns)):
-                raise Difference(f"{what}:\n{found}", start, sequence)
+    def _compare(self, expected: State, overlay: KernelOverlay | ForkedOverlay, what: str) -> None:
+        overlay.mount()
+        try:
+            if found := difference(expected, state(overlay.merged, self.since_ns)):
+                raise self._differ(f"{what}:\n{found}")
+        finally:
+            overlay.close()
+
+    def _differ(self, what: str) -> Difference:
+        return Difference(what, self.start, self.sequence)
 
     def close(self) -> None:
         self.kernel.close()
         self.ours.close()
 
 
+def _outcome(directory: Path, operation: Operation) -> object:
+    # The directories above are closed to the ordinary user that an operation may run as.
+    with opened(".", os.O_PATH) as before:
+        os.chdir(directory)
+        try:
+            return outcome(operation)
+        finally:
+            os.fchdir(before)
+
+
 @dataclass(slots=True)
 class Arena:
-    """Pairs of mounts, a new one when the directories of the last are used up."""
+    """Runs sequences, each in mounts of its own."""
 
     base: Path
-    pairs: list[Pair] = field(default_factory=list)
+    forker: Forker
+    count: int = 0
 
     def run(self, start: str, choose: Choice) -> None:
-        if not self.pairs or self.pairs[-1].is_exhausted(start):
-            self.judge_the_disks()
-            directory = self.base / f"pair{len(self.pairs)}"
-            directory.mkdir()
-            self.pairs.append(Pair(directory))
-        self.pairs[-1].run(start, choose)
-
-    def judge_the_disks(self) -> None:
-        if self.pairs and self.pairs[-1].kernel.mounted():
-            self.pairs[-1].judge_the_disks()
-
-    def close(self) -> None:
-        for pair in self.pairs:
+        """A whole sequence, down to what is on disk in the end. Raises Difference."""
+        self.count += 1
+        directory = self.base / str(self.count)
+        pair = Pair(directory, start, self.forker)
+        try:
+            pair.run(choose)
+            pair.judge_the_disks()
+        finally:
             pair.close()
+            shutil.rmtree(directory)
 
 
 @contextmanager
 def arena(base: Path) -> Iterator[Arena]:
-    """An Arena whose mounts are gone afterwards."""
-    made = Arena(base)
+    """An Arena of which nothing is left afterwards."""
     umask = os.umask(0o022)
     try:
-        yield made
+        with forker() as forks:
+            yield Arena(base, forks)
     finally:
         os.umask(umask)
-        made.close()

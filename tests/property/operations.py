@@ -231,20 +231,21 @@ def _ordinary_user() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Forget(Operation):
-    """The kernel forgets every inode that is not in use: what the daemon then says must be the same."""
+class OfTheMount(Operation):
+    """Concerns our mount and not a path, so that Pair.run does it."""
 
     def apply(self) -> None:
-        with open("/proc/sys/vm/drop_caches", "w") as file:
-            file.write("2")
+        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Remount(Operation):
-    """Only what is on disk survives."""
+class Forget(OfTheMount):
+    """The kernel forgets every inode that is not in use, and its pages: what the daemon then says must be the same."""
 
-    def apply(self) -> None:
-        """Nothing: it concerns the mounts and not a path, so Pair.run does it."""
+
+@dataclass(frozen=True, slots=True)
+class Remount(OfTheMount):
+    """Only what is on disk survives."""
 
 
 def outcome(operation: Operation) -> object:

@@ -41,10 +41,9 @@ class Paths:
 
 
 def operations(paths: Paths) -> Operations:
-    """Any operation; now and then the kernel forgets what it knows, or we mount again, which takes as long as 500 operations."""
-    return _one_in(
-        150, st.just(op.Remount(".")), _one_in(15, st.just(op.Forget(".")), _one_in(6, _calls(paths).map(_as_user), _calls(paths)))
-    )
+    """Any operation, some by an ordinary user; now and then the kernel forgets what it knows, or we mount again."""
+    calls = _one_in(6, _calls(paths).map(_as_user), _calls(paths))
+    return _one_in(40, st.just(op.Remount(".")), _one_in(15, st.just(op.Forget(".")), calls))
 
 
 def _one_in(chance: int, rare: Operations, common: Operations) -> Operations:

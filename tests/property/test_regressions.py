@@ -28,8 +28,7 @@ REGRESSIONS: dict[str, tuple[str, Sequence[op.Operation]]] = {
 
 @pytest.mark.root
 @pytest.mark.parametrize("name", REGRESSIONS)
-def test_once_different(name: str, tmp_path: Path) -> None:
+def test_once_different(name: str, apart: Path) -> None:
     start, sequence = REGRESSIONS[name]
-    with arena(tmp_path) as both:
+    with arena(apart) as both:
         both.run(start, in_turn(sequence))
-        both.judge_the_disks()
