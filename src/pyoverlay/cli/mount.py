@@ -59,6 +59,14 @@ class OptionString(click.types.StringParamType):
     help="How long the mount may take to answer.",
 )
 @click.option("--log-file", metavar="FILE", envvar="PYOVERLAY_LOG_FILE", help="Log to FILE.  [default: syslog; stderr with -f]")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    envvar="PYOVERLAY_LOG_FORMAT",
+    help="Lines for people, or a JSON object a line.",
+)
 @click.option("--verbose", "-v", count=True, envvar="PYOVERLAY_VERBOSE", help="Log more.")
 @click.option("--quiet", "-q", is_flag=True, envvar="PYOVERLAY_QUIET", help="Log errors only.")
 def command(
@@ -68,6 +76,7 @@ def command(
     foreground: bool,
     wait: float,
     log_file: str | None,
+    log_format: str,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -77,9 +86,8 @@ def command(
     `pyoverlay umount MERGED`.
     """
     chosen, merged = _layers(parse(options), directories, workdir)
-    request = Request(
-        chosen, os.fsencode(merged), foreground=foreground, log_file=log_file, log_level=40 if quiet else 10 if verbose else 20
-    )
+    level = 40 if quiet else 10 if verbose else 20
+    request = Request(chosen, os.fsencode(merged), foreground=foreground, log_file=log_file, log_level=level, log_format=log_format)
     if foreground:
         launch.mount_in_foreground(request)
     launch.mount(request, wait)

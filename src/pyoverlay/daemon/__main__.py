@@ -21,6 +21,9 @@ def main() -> int:
     # Told to end before there is a mount: everything that was begun is taken back on the way out. The session has its own way.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    # What the log is asked by, later; till then they must not end us.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     descriptors = [int(argument) for argument in sys.argv[1:]]
     report.close_all_but(*descriptors)
     caller = report.Report(descriptors[1] if len(descriptors) > 1 else None)
@@ -30,7 +33,7 @@ def main() -> int:
         # Late: a request that cannot be read has no need of trio.
         from pyoverlay.daemon import logs, mounting
 
-        logs.set_up(foreground=request.foreground, file=request.log_file, level=request.log_level)
+        logs.set_up(foreground=request.foreground, file=request.log_file, level=request.log_level, form=logs.Format(request.log_format))
         gc.freeze()  # what is imported stays: the collector need not look at it again
         mounting.serve(request, caller.ready)
     except PyoverlayError as error:

@@ -1,18 +1,23 @@
 """Where the daemon's log goes: stderr in the foreground, else a file or syslog; opened before the mount, then never by path again.
 
 Tracebacks are written without source lines: reading them would lead through our own mount, if it holds our code, in a thread that
-is to answer it.
+is to answer it. Syslog and the journal are read by more people than the tree is: what an exception says, which may be a name out of the
+tree, goes there at debug level alone.
 """
 
 from __future__ import annotations
 
+import json
 import linecache
 import logging
+import os
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +28,59 @@ _FACILITY_DAEMON = 3 << 3
 _SEVERITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
 
 log = logging.getLogger("pyoverlay")
+
+
+class Format(Enum):
+    """`--log-format`."""
+
+    TEXT = "text"
+    JSON = "json"  # one object a line: time, level, pid, logger, message, and exception if there is one
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people. is_shared: syslog's or the journal's, which know the time and the process, and who reads them is not known."""
+
+    def __init__(self, *, is_shared: bool) -> None:
+        super().__init__("%(message)s" if is_shared else "%(asctime)s.%(msecs)03dZ pyoverlay[%(process)d] %(levelname)s %(message)s")
+        self.datefmt = "%Y-%m-%dT%H:%M:%S"
+        self.converter = time.gmtime  # local time may read /etc/localtime when it pleases
+        self._is_shared = is_shared
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return _discreet(ei) if self._is_shared and not _is_debugging() else super().formatException(ei)
+
+
+class JsonFormatter(TextFormatter):
+    """The same for programs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        document = {
+            "time": f"{self.formatTime(record, self.datefmt)}.{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "pid": record.process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
+def _discreet(ei: Any) -> str:
+    """Where it happened and of which kind it is, without what it says."""
+    kind, _, where = ei
+    return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(where), kind.__qualname__])
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines on a stderr that the journal reads: each begins with its severity, sd-daemon(3)."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"<{_severity(record)}>{line}" for line in self._inner.format(record).splitlines())
 
 
 class SyslogHandler(logging.Handler):
@@ -39,45 +97,74 @@ class SyslogHandler(logging.Handler):
         self._socket.setblocking(False)
 
     def emit(self, record: logging.LogRecord) -> None:
-        severity = next(code for level, code in _SEVERITIES if record.levelno >= level)
-        line = f"<{_FACILITY_DAEMON | severity}>pyoverlay[{record.process}]: {self.format(record)}"
+        line = f"<{_FACILITY_DAEMON | _severity(record)}>pyoverlay[{record.process}]: {self.format(record)}"
         try:
             self._socket.send(line.encode(errors="replace"))
         except OSError:  # syslogd is gone or full: logging must not end what it describes
             self._socket_failed = True
 
 
-def set_up(*, foreground: bool, file: str | None, level: int) -> None:
+def _severity(record: logging.LogRecord) -> int:
+    return next(code for level, code in _SEVERITIES if record.levelno >= level)
+
+
+def set_up(*, foreground: bool, file: str | None, level: int, form: Format = Format.TEXT) -> None:
     """Send the log where it shall go. Raises Refusal for a file that cannot be opened."""
     handler = _chosen(foreground, file)
-    if not isinstance(handler, SyslogHandler):
-        # UTC: local time may read /etc/localtime when it pleases.
-        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ pyoverlay[%(process)d] %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-        formatter.converter = _gmtime()
-        handler.setFormatter(formatter)
+    is_journal = foreground and file is None and _is_journal(sys.stderr.fileno(), os.environ)
+    kind = JsonFormatter if form is Format.JSON else TextFormatter
+    formatter = kind(is_shared=is_journal or isinstance(handler, SyslogHandler))
+    handler.setFormatter(JournalFormatter(formatter) if is_journal else formatter)
     logging.raiseExceptions = False  # a full disk under the log file is no reason to print tracebacks
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(level)
 
 
-def _gmtime() -> Callable[..., Any]:
-    import time
-
-    return time.gmtime
-
-
 def _chosen(foreground: bool, file: str | None) -> logging.Handler:
     if file is not None:
         try:
-            return logging.FileHandler(file)
+            # Its owner's alone: at debug level names of files are in it.
+            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refusal(file, "the log file cannot be written", error.errno) from error
+        return logging.StreamHandler(open(fd, "a", encoding="utf-8", errors="backslashreplace"))
     if foreground:
         return logging.StreamHandler()
     try:
         return SyslogHandler()
     except (FileNotFoundError, ConnectionRefusedError):  # no syslog on this machine
         return logging.NullHandler()
+
+
+def _is_journal(fd: int, environment: Mapping[str, str]) -> bool:
+    """Whether the journal reads what is written to `fd`: $JOURNAL_STREAM names it by device and inode, systemd.exec(5)."""
+    status = os.fstat(fd)
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+# ── while it runs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Level:
+    """The level of the log, which a signal moves to debug and back."""
+
+    def __init__(self) -> None:
+        self._quiet = logging.getLogger().level
+
+    def switch(self) -> None:
+        """To debug; if it is debug, to what it was when the mount was made, or to info if that was debug."""
+        level = logging.DEBUG if not _is_debugging() else logging.INFO if self._quiet == logging.DEBUG else self._quiet
+        logging.getLogger().setLevel(level)
+        say("the log's level is now %s", logging.getLevelName(level).lower())
+
+
+def say(message: str, *arguments: object) -> None:
+    """Log what somebody asked for, whatever the level."""
+    log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, arguments, None))
+
+
+def _is_debugging() -> bool:
+    return logging.getLogger().level <= logging.DEBUG
 
 
 def stay_off_source_files() -> None:

@@ -71,6 +71,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         def on_answer() -> None:
             undo.pop_all()
             entry.write()
+            log.info("%s: mounted, %d lowers%s", printable(layers.merged.path), len(layers.lowers), "" if layers.upper else ", read-only")
             announce()
             forbid_paths()
 
@@ -79,7 +80,9 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             on_answer,
             on_mount=lambda: privileges.drop(writes=layers.upper is not None),
             stop_at=_stop_signals(request),
+            on_signal={signal.SIGUSR1: logs.Level().switch, signal.SIGUSR2: lambda: _say_how_it_is(view, entry.record)},
         )
+        log.info("%s: unmounted", printable(layers.merged.path))
         _sync(view, rules, entry)
 
 
@@ -138,6 +141,14 @@ def _who_holds(proc: int, point: MountPoint) -> str:
     assert mount is not None
     with privileges.looking_at_processes():
         return described(holders(proc, point=mount.point, mount_id=mount.id, device=mount.device))
+
+
+def _say_how_it_is(view: View, record: registry.Record) -> None:
+    """The answer to SIGUSR2."""
+    logs.say(
+        "%s: up %.0f s, %d inodes known, %d of at most %d descriptors cached",
+        printable(record.merged), time.time() - record.started, len(view.table), len(view.cache), view.cache.limit,
+    )  # fmt: skip
 
 
 def _sync(view: View, rules: Policy, entry: _Entry) -> None:

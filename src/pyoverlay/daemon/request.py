@@ -22,6 +22,7 @@ class Request:
 
     foreground: the daemon stays the caller's process, logs to its stderr and ends with its terminal.
     log_file: absolute path, None: stderr in the foreground, else syslog. log_level: a number of the logging module.
+    log_format: a value of `logs.Format`.
     """
 
     options: Options
@@ -29,6 +30,7 @@ class Request:
     foreground: bool = False
     log_file: str | None = None
     log_level: int = 20
+    log_format: str = "text"
 
     def to_memory(self) -> int:
         """An inheritable descriptor from which `from_memory` reads this request."""

@@ -62,6 +62,7 @@ def handler(method: Method) -> Method:
         try:
             return await method(self, *arguments)
         except OSError as error:
+            log.debug("%s of %s: %s", method.__name__, arguments[0], error.strerror)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except pyfuse3.FUSEError:
             raise
@@ -168,6 +169,7 @@ class Operations(pyfuse3.Operations):
                 else:
                     await trio.to_thread.run_sync(copyup.fill, this.copy)
                 copyup.publish(self.view, this.copy)
+                log.debug("copied up %d: %d bytes", inode.ino, this.copy.size)
                 return this.copy.is_truncation
         finally:
             del self._copying[inode]

@@ -12,9 +12,10 @@ import inspect
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -31,6 +32,15 @@ _ABANDON = "cancellable" if "abandon_on_cancel" not in inspect.signature(trio.to
 
 # A second one of these ends the daemon at once.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Course(NamedTuple):
+    """What `run` was told to do when."""
+
+    on_mount: Callable[[], None]
+    on_answer: Callable[[], None]
+    stop_at: tuple[signal.Signals, ...]
+    on_signal: Mapping[int, Callable[[], None]]
 
 
 class Session:
@@ -68,33 +78,33 @@ class Session:
         *,
         on_mount: Callable[[], None] = lambda: None,
         stop_at: tuple[signal.Signals, ...] = STOP_SIGNALS,
+        on_signal: Mapping[int, Callable[[], None]] | None = None,
     ) -> None:
         """Mount, call `on_answer` when the mount answers, serve until it is unmounted.
 
         on_mount: called before a request is read and before a thread is started; whatever it waited for in the mount would wait for
-        ever. stop_at: the first of these signals unmounts, the second ends at once. Raises Refusal if it cannot be mounted; what is
-        raised by `on_answer` or by reading the connection comes out after the mount is gone.
+        ever. stop_at: the first of these signals unmounts, the second ends at once. on_signal: called at other signals, between
+        requests. Raises Refusal if it cannot be mounted; what is raised by `on_answer` or by reading the connection comes out after the
+        mount is gone.
         """
         # Not one of them may end the process between the mount and the receiver: that would leave a dead mount.
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_at)
         try:
-            trio.run(self._run, options, on_mount, on_answer, stop_at)
+            trio.run(self._run, options, _Course(on_mount, on_answer, stop_at, on_signal or {}))
         finally:
             # Closing the connection first: whoever waits in the mount gets ENOTCONN, and nothing that follows can wait for us.
             pyfuse3.close(unmount=False)
             if self._point.is_mounted:
                 self._point.unmount(lazily=True)
 
-    async def _run(
-        self, options: MountOptions, on_mount: Callable[[], None], on_answer: Callable[[], None], stop_at: tuple[signal.Signals, ...]
-    ) -> None:
-        with trio.open_signal_receiver(*stop_at) as signals:
+    async def _run(self, options: MountOptions, course: _Course) -> None:
+        with trio.open_signal_receiver(*course.stop_at, *course.on_signal) as signals:
             self._point.attach(self._fd, options)
-            on_mount()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_at)
+            course.on_mount()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, course.stop_at)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._announce, on_answer)
-                nursery.start_soon(self._obey, signals, nursery)
+                nursery.start_soon(self._announce, course.on_answer)
+                nursery.start_soon(self._obey, signals, course.on_signal, nursery)
                 if self._beside is not None:
                     nursery.start_soon(self._beside)
                 await pyfuse3.main()
@@ -104,10 +114,13 @@ class Session:
         await _in_thread(self._point.wait_for_answer)
         on_answer()
 
-    async def _obey(self, signals: trio.abc.AsyncIterator[int], nursery: trio.Nursery) -> None:
+    async def _obey(self, signals: trio.abc.AsyncIterator[int], others: Mapping[int, Callable[[], None]], nursery: trio.Nursery) -> None:
         is_leaving = False
         async for number in signals:
             name = signal.Signals(number).name
+            if number in others:
+                others[number]()
+                continue
             if is_leaving:
                 log.warning("%s again: ending at once", name)
                 pyfuse3.terminate()
