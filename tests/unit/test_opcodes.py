@@ -23,7 +23,7 @@ class FakeWire:
         self.opcodes: set[int] = set()
         self.interrupt: Any = None
 
-    def serve(self, init: Any, interrupt: Any, opcodes: Any) -> None:
+    def serve(self, init: Any, interrupt: Any, opcodes: Any, direct: Any) -> None:
         self.opcodes, self.interrupt = set(opcodes), interrupt
 
     def whole_request(self) -> tuple[int, int, int, int, int, int, bytes]:

@@ -2,7 +2,7 @@
 
 Tests put another object in the place of `Calls`, which counts, fails with ENOSPC, or kills the process at call N: so that this tells
 of all of them, no other module makes such a call (tests/unit/test_architecture.py). The extension alone writes data of open files of the
-upper by itself, one pwrite(2) a request.
+upper by itself, one pwrite(2) a request, and syncs them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ enum {                                       /* FATTR_* of <linux/fuse.h> */
 	ATIME_NOW = 1 << 7, MTIME_NOW = 1 << 8, HAS_LOCKOWNER = 1 << 9, SET_CTIME = 1 << 10,
 	KNOWN = SET_MODE | SET_UID | SET_GID | SET_ATIME | SET_MTIME | HAS_FH | ATIME_NOW | MTIME_NOW | HAS_LOCKOWNER | SET_CTIME,
 };
-enum { FOREVER = 1000000000 };               /* seconds: this mount is the only writer */
 
 /* The kernel's encoding of a device number in a message, new_encode_dev(). */
 static uint32_t encoded(dev_t device)
@@ -31,15 +30,15 @@ static bool reply_attributes(int device, const struct request *r, int fd)
 
 	if (fstat(fd, &st) < 0)
 		return false;
-	struct attr_out out = {
-		.valid = FOREVER, .ino = header_of(r)->nodeid, .size = (uint64_t)st.st_size,
+	struct attr_out out = { .valid = FOREVER, .attr = {
+		.ino = header_of(r)->nodeid, .size = (uint64_t)st.st_size,
 		/* Delayed allocation: with 0 blocks `tar -S` would take a file with data for one hole. */
 		.blocks = st.st_size && !st.st_blocks ? 1 : (uint64_t)st.st_blocks,
 		.atime = (uint64_t)st.st_atim.tv_sec, .mtime = (uint64_t)st.st_mtim.tv_sec, .ctime = (uint64_t)st.st_ctim.tv_sec,
 		.atimensec = (uint32_t)st.st_atim.tv_nsec, .mtimensec = (uint32_t)st.st_mtim.tv_nsec, .ctimensec = (uint32_t)st.st_ctim.tv_nsec,
 		.mode = st.st_mode, .nlink = (uint32_t)st.st_nlink, .uid = st.st_uid, .gid = st.st_gid,
 		.rdev = encoded(st.st_rdev), .blksize = (uint32_t)st.st_blksize,
-	};
+	} };
 	reply_to(device, header_of(r)->unique, 0, &out, sizeof out);
 	return true;
 }

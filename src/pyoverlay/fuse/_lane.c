@@ -23,6 +23,7 @@ enum {
 	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, ATTRIBUTES = 16,       /* struct node, flags */
 	DATA_AT = 4096,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
 	WRITE_KILL_SUIDGID = 4,
+	FSYNC_DATA_ONLY = 1,
 	THREADS = 4,
 	QUEUED_BYTES = 64 << 20,             /* of writes; past it the receiver writes itself, and so everybody is slowed down */
 };
@@ -44,7 +45,7 @@ static double pressure_until;
 struct job {
 	struct job *next;
 	int device, fd;                      /* duplicates: neither Python nor an unmount can close them under a thread */
-	uint32_t opcode, size;
+	uint32_t opcode, size;               /* size: bytes; of an FSYNC, whether the data alone is wanted */
 	uint64_t unique, offset;
 	char *mem;                           /* of a WRITE: the whole request, whose data ends it */
 	const char *data;
@@ -219,7 +220,10 @@ static void finish(struct job *j)
 {
 	ssize_t n;
 
-	if (j->opcode == OP_READ) {
+	if (j->opcode == OP_FSYNC) {
+		n = j->size ? fdatasync(j->fd) : fsync(j->fd);
+		reply_to(j->device, j->unique, n < 0 ? errno : 0, NULL, 0);
+	} else if (j->opcode == OP_READ) {
 		char *data = malloc(j->size ? j->size : 1);
 		n = data ? pread(j->fd, data, j->size, (off_t)j->offset) : -1;
 		reply_to(j->device, j->unique, n < 0 ? errno : 0, data, n < 0 ? 0 : (size_t)n);
@@ -286,6 +290,25 @@ static void drop(struct job *j)
 	free(j);
 }
 
+/* False: no descriptor or thread is to be had, or too much is queued. */
+static bool give(struct job *j)
+{
+	size_t bytes = j->data ? j->size : 0;
+
+	pthread_mutex_lock(&queue_lock);
+	bool ready = j->device >= 0 && j->fd >= 0 && (!bytes || queued_bytes + bytes <= QUEUED_BYTES)
+		&& (idle_threads > queued_jobs || threads == THREADS || start_thread() || threads);
+	if (ready) {
+		*queue_tail = j;
+		queue_tail = &j->next;
+		queued_jobs++;
+		queued_bytes += bytes;
+		pthread_cond_signal(&queue_filled);
+	}
+	pthread_mutex_unlock(&queue_lock);
+	return ready;
+}
+
 /* False: no memory, descriptor or thread is to be had, and nothing was queued. A WRITE's buffer goes with the job. */
 static bool enqueue(int device, int fd, struct request *r, uint64_t offset, uint32_t size, const char *data)
 {
@@ -295,24 +318,34 @@ static bool enqueue(int device, int fd, struct request *r, uint64_t offset, uint
 		return false;
 	*j = (struct job){ .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = fcntl(fd, F_DUPFD_CLOEXEC, 3), .opcode = header_of(r)->opcode,
 		.size = size, .unique = header_of(r)->unique, .offset = offset, .data = data, .mem = data ? r->mem : NULL };
-	pthread_mutex_lock(&queue_lock);
-	bool ready = j->device >= 0 && j->fd >= 0 && (!data || queued_bytes + size <= QUEUED_BYTES)
-		&& (idle_threads > queued_jobs || threads == THREADS || start_thread() || threads);
-	if (ready) {
-		*queue_tail = j;
-		queue_tail = &j->next;
-		queued_jobs++;
-		queued_bytes += data ? size : 0;
-		pthread_cond_signal(&queue_filled);
-	}
-	pthread_mutex_unlock(&queue_lock);
-	if (!ready) {
+	if (!give(j)) {
 		drop(j);
 		return false;
 	}
 	if (data)
 		r->mem = NULL;
 	return true;
+}
+
+void lane_sync(int device, const struct request *r, int fd)
+{
+	const struct in_header *head = header_of(r);
+	uint32_t flags;
+	struct job sync = { .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = fd, .opcode = OP_FSYNC, .unique = head->unique }, *j;
+
+	memcpy(&flags, body_of(r) + sizeof(uint64_t), sizeof flags);
+	sync.size = flags & FSYNC_DATA_ONLY;
+	if ((j = malloc(sizeof *j))) {
+		*j = sync;
+		if (give(j))
+			return;
+		free(j);
+	}
+	int result = sync.size ? fdatasync(fd) : fsync(fd);
+	reply_to(device, head->unique, result < 0 ? errno : 0, NULL, 0);
+	close(fd);
+	if (sync.device >= 0)
+		close(sync.device);
 }
 
 /* ---- the requests ---- */

@@ -10,51 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* <linux/fuse.h>, protocol 7.31 to 7.45. */
-enum opcode {
-	OP_GETATTR = 3, OP_SETATTR = 4, OP_READ = 15, OP_WRITE = 16, OP_RELEASE = 18, OP_FSYNC = 20, OP_GETXATTR = 22, OP_FLUSH = 25, OP_INIT = 26,
-	OP_READDIR = 28, OP_RELEASEDIR = 29, OP_FSYNCDIR = 30, OP_INTERRUPT = 36, OP_IOCTL = 39,
-	OP_READDIRPLUS = 44, OPCODES = 64,
-};
-
-struct in_header {
-	uint32_t len, opcode;
-	uint64_t unique, nodeid;
-	uint32_t uid, gid, pid, extensions;
-};
-
-struct out_header {
-	uint32_t len;
-	int32_t error;
-	uint64_t unique;
-};
-
-struct read_in {
-	uint64_t fh, offset;
-	uint32_t size, read_flags;
-	uint64_t lock_owner;
-	uint32_t flags, padding;
-};
-
-struct write_in {
-	uint64_t fh, offset;
-	uint32_t size, write_flags;
-	uint64_t lock_owner;
-	uint32_t flags, padding;
-};
-
-struct setattr_in {
-	uint32_t valid, padding;
-	uint64_t fh, size, lock_owner, atime, mtime, ctime;
-	uint32_t atimensec, mtimensec, ctimensec, mode, unused4, uid, gid, unused5;
-};
-
-struct attr_out {
-	uint64_t valid;                      /* seconds that the kernel may believe it */
-	uint32_t valid_nsec, dummy;
-	uint64_t ino, size, blocks, atime, mtime, ctime;
-	uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize, flags;
-};
+#include "_protocol.h"
 
 /* A request as it was read: its header and body lie at mem, size bytes; the buffer holds capacity. */
 struct request {
@@ -89,6 +45,9 @@ struct lane_counts lane_counts(void);
 
 /* Takes the lock itself. True if the request is answered, or will be; r->mem is NULL if its buffer went with it. */
 bool lane_answer(int device, struct request *r);
+
+/* fsync or fdatasync of fd, which is closed afterwards, by a thread where there is one; the reply comes from there. */
+void lane_sync(int device, const struct request *r, int fd);
 
 /* GETATTR and SETATTR of a node that owns its attributes, by its write_fd (_attributes.c). False: it takes a decision, and so Python. */
 bool answer_getattr(int device, const struct request *r, int fd);

@@ -4,7 +4,8 @@
  * fuse_session_destroy, so pyfuse3's calls of these arrive here; libfuse's own are found among the loaded objects. Nothing of libfuse is
  * linked or included: only `struct fuse_buf`, the same in every libfuse 3, and the kernel's protocol are declared again below.
  *
- *   receive   spins on the device and reads it with the GIL released, answers what the lane can (_lane.c), returns everything else.
+ *   receive   spins on the device and reads it with the GIL released, answers what the lane can (_lane.c) and what one plain call of
+ *             Python does (_direct.c), returns everything else.
  *             Nothing to read is -EINTR, at which pyfuse3 goes back to its loop; is_idle() tells the loop whether to sleep there.
  *   process   gives Python the INIT reply to change, puts the node id where the file handle was, and turns opcodes that pyfuse3 does not
  *             know into a READ of handle 0, which no file has. pyfuse3 runs that READ like any handler, with its own tasks, its own
@@ -18,12 +19,14 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "_lane.h"
+#include "_direct.h"
+#include "_notify.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <link.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,19 +57,22 @@ enum {
 	BODY_SHOWN = 128,
 	FATTR_FH = 1 << 6,
 };
-/* Microseconds. SPIN is longer than a client needs from one reply to its next request; TURN is how long the lane may keep the loop's other
- * tasks waiting; requests less than BUSY apart are a client at work. */
-static const double SPIN = 60, TURN = 1000, BUSY = 4 * 60;
+/* Microseconds. SPIN is longer than a client needs from one reply to its next request; TURN is how long the loop's other tasks may be kept
+ * waiting, and HELD_TURN where one of them is known to wait for a thread; requests less than BUSY apart are a client at work. */
+static const double SPIN = 60, TURN = 4000, HELD_TURN = 1000, BUSY = 4 * 60;
+enum { LINGER = 2 };                         /* milliseconds */
 
 static struct {
 	int device;                          /* -1: no session has received yet */
 	struct request now;
 	size_t wanted_capacity;
 	bool idle, active;
+	int held;                            /* what the loop waits for besides the device, and would be late for */
 	double spin, last_request;
 	uint64_t requests[OPCODES];
 	bool is_extra[OPCODES];
 	PyObject *on_init, *on_interrupt;
+	PyThreadState *without_gil;          /* the receiver's, while it has released the GIL */
 } wire = { .device = -1, .wanted_capacity = FIRST_CAPACITY };
 
 /* ---- libfuse's own functions ---- */
@@ -162,7 +168,15 @@ static void pause_briefly(void)
 		;
 }
 
-/* The size of the next request, 0 when the mount is gone, -EINTR when none came while it was worth spinning, else another -errno. */
+/* Sleeps until there is a request, for a while: a client that pauses does not cost a trip through trio's loop, which is ten times as long
+ * as this call. */
+static bool comes_soon(int device)
+{
+	struct pollfd one = { device, POLLIN, 0 };
+	return !wire.held && poll(&one, 1, LINGER) > 0;
+}
+
+/* The size of the next request, 0 when the mount is gone, -EINTR when none came while it was worth waiting, else another -errno. */
 static ssize_t next_request(int device, double *spin)
 {
 	double begin = monotonic_us(), time = begin;
@@ -183,15 +197,38 @@ static ssize_t next_request(int device, double *spin)
 		if (errno != EAGAIN)
 			return -errno;
 		if (time - begin >= *spin) {
-			wire.idle = true;
 			if (*spin > 1)
 				*spin /= 2;          /* clients that come rarely are not worth the whole wait; BUSY ones restore it */
+			if (comes_soon(device)) {
+				begin = monotonic_us();
+				continue;
+			}
+			wire.idle = true;
 			return -EINTR;
 		}
 		pause_briefly();
 	}
 }
 
+/* True if the request is answered, or will be. */
+static bool answer(int device)
+{
+	int fd = -1;
+
+	if (lane_answer(device, &wire.now))
+		return true;
+	uint32_t opcode = header_of(&wire.now)->opcode;
+	if (!direct_has(opcode) && opcode != OP_BATCH_FORGET)
+		return false;
+	PyEval_RestoreThread(wire.without_gil);
+	enum direct_outcome outcome = direct_answer(device, &wire.now, &fd);
+	wire.without_gil = PyEval_SaveThread();
+	if (outcome == DIRECT_SYNC)
+		lane_sync(device, &wire.now, fd);
+	return outcome == DIRECT_READY ? lane_answer(device, &wire.now) : outcome != DIRECT_NOT_AT_ONCE;
+}
+
+/* Without the GIL, but for what direct_answer() calls. */
 static ssize_t receive(int device)
 {
 	double begin = monotonic_us();
@@ -208,12 +245,12 @@ static ssize_t receive(int device)
 		}
 		uint32_t opcode = header_of(&wire.now)->opcode;
 		wire.requests[opcode < OPCODES ? opcode : 0]++;
-		if (!lane_answer(device, &wire.now))
+		if (!answer(device))
 			return n;
 		wire.now.size = 0;
 		if (!wire.now.mem && !(wire.now.mem = malloc(wire.now.capacity + ZEROED)))
 			return -ENOMEM;
-		if (wire.last_request - begin > TURN)
+		if (wire.last_request - begin > (wire.held ? HELD_TURN : TURN))
 			return -EINTR;
 	}
 }
@@ -228,9 +265,9 @@ int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 		return -ENOMEM;
 	wire.idle = false;
 	wire.now.size = 0;
-	PyThreadState *gil = PyEval_SaveThread();
+	wire.without_gil = PyEval_SaveThread();
 	ssize_t n = receive(device);
-	PyEval_RestoreThread(gil);
+	PyEval_RestoreThread(wire.without_gil);
 	if (n > 0)
 		*buf = (struct fuse_buf){ .size = (size_t)n, .mem = wire.now.mem, .fd = -1 };
 	else if (n == 0)
@@ -399,6 +436,7 @@ void fuse_session_destroy(struct fuse_session *se)
 	free(wire.now.mem);
 	Py_CLEAR(wire.on_init);
 	Py_CLEAR(wire.on_interrupt);
+	direct_set(NULL);
 	memset(&wire, 0, sizeof wire);
 	wire.device = -1;
 	wire.wanted_capacity = FIRST_CAPACITY;
@@ -426,11 +464,11 @@ static PyObject *none_or_memory_error(int result)
 
 static PyObject *serve(PyObject *self, PyObject *args)
 {
-	PyObject *init, *interrupt, *opcodes, *each, *item;
+	PyObject *init, *interrupt, *opcodes, *direct = NULL, *each, *item;
 	bool is_extra[OPCODES] = { false };
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "OOO", &init, &interrupt, &opcodes) || !(each = PyObject_GetIter(opcodes)))
+	if (!PyArg_ParseTuple(args, "OOO|O!", &init, &interrupt, &opcodes, &PyDict_Type, &direct) || !(each = PyObject_GetIter(opcodes)))
 		return NULL;
 	while ((item = PyIter_Next(each))) {
 		long opcode = PyLong_AsLong(item);
@@ -443,7 +481,7 @@ static PyObject *serve(PyObject *self, PyObject *args)
 		is_extra[opcode] = true;
 	}
 	Py_DECREF(each);
-	if (PyErr_Occurred())
+	if (PyErr_Occurred() || direct_set(direct) < 0)
 		return NULL;
 	PyObject *old_init = wire.on_init, *old_interrupt = wire.on_interrupt;
 	wire.on_init = init == Py_None ? NULL : Py_NewRef(init);
@@ -545,14 +583,26 @@ static PyObject *counts(PyObject *self, PyObject *unused)
 	PyObject *requests = requests_by_opcode();
 	if (!requests)
 		return NULL;
-	return Py_BuildValue("N{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:n}", requests, "reads", c.reads, "writes", c.writes, "xattrs", c.xattrs,
-		"isattys", c.isattys, "attributes", c.attributes, "queued_reads", c.queued_reads, "queued_writes", c.queued_writes, "nodes", (Py_ssize_t)nodes);
+	return Py_BuildValue("N{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:n}", requests, "reads", c.reads, "writes", c.writes, "xattrs", c.xattrs,
+		"isattys", c.isattys, "attributes", c.attributes, "queued_reads", c.queued_reads, "queued_writes", c.queued_writes,
+		"direct", direct_answered(), "nodes", (Py_ssize_t)nodes);
 }
 
 static PyObject *is_idle(PyObject *self, PyObject *unused)
 {
 	(void)self, (void)unused;
 	return PyBool_FromLong(wire.idle || !wire.active);
+}
+
+static PyObject *hold(PyObject *self, PyObject *args)
+{
+	int change;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "i", &change))
+		return NULL;
+	wire.held += change;
+	Py_RETURN_NONE;
 }
 
 static PyObject *is_active(PyObject *self, PyObject *unused)
@@ -581,85 +631,7 @@ static PyObject *finds_libfuse(PyObject *self, PyObject *unused)
 	return PyBool_FromLong(libfuse_is_found());
 }
 
-/* ---- notifications ---- */
-
-enum { NOTIFY_INVAL_INODE = 2, NOTIFY_INVAL_ENTRY = 3, NOTIFY_PRUNE = 9 };
-
-/* A duplicate, taken under the GIL as destroy runs under it: the number cannot become another file's while the GIL is released. The write
- * may wait for requests about the same inode, and so must not be made by the thread that answers them. */
-static PyObject *notify(int code, const void *fixed, size_t fixed_size, const void *tail, size_t tail_size)
-{
-	int device = wire.device < 0 ? -1 : fcntl(wire.device, F_DUPFD_CLOEXEC, 3);
-	struct out_header head = { (uint32_t)(sizeof head + fixed_size + tail_size), code, 0 };
-	struct iovec iov[3] = { { &head, sizeof head }, { (void *)fixed, fixed_size }, { (void *)tail, tail_size } };
-	ssize_t n;
-	int error;
-
-	if (device < 0) {
-		errno = wire.device < 0 ? ENOTCONN : errno;
-		return PyErr_SetFromErrno(PyExc_OSError);
-	}
-	Py_BEGIN_ALLOW_THREADS
-	n = writev(device, iov, 3);
-	error = errno;
-	close(device);
-	Py_END_ALLOW_THREADS
-	if (n < 0) {
-		errno = error;
-		return PyErr_SetFromErrno(PyExc_OSError);
-	}
-	Py_RETURN_NONE;
-}
-
-static PyObject *notify_inval_inode(PyObject *self, PyObject *args)
-{
-	unsigned long long node;
-	long long offset, length;
-
-	(void)self;
-	if (!PyArg_ParseTuple(args, "KLL", &node, &offset, &length))
-		return NULL;
-	struct { uint64_t node; int64_t offset, length; } body = { node, offset, length };
-	return notify(NOTIFY_INVAL_INODE, &body, sizeof body, NULL, 0);
-}
-
-static PyObject *notify_inval_entry(PyObject *self, PyObject *args)
-{
-	unsigned long long parent;
-	const char *name;
-	Py_ssize_t length;
-
-	(void)self;
-	if (!PyArg_ParseTuple(args, "Ky#", &parent, &name, &length))
-		return NULL;
-	if (length > 255 || memchr(name, 0, (size_t)length)) {
-		PyErr_SetString(PyExc_ValueError, "not a file name");
-		return NULL;
-	}
-	struct { uint64_t parent; uint32_t length, flags; } body = { parent, (uint32_t)length, 0 };
-	return notify(NOTIFY_INVAL_ENTRY, &body, sizeof body, name, (size_t)length + 1);     /* bytes objects end with a NUL */
-}
-
-static PyObject *notify_prune(PyObject *self, PyObject *nodes)
-{
-	PyObject *list = PySequence_List(nodes), *result = NULL;
-
-	(void)self;
-	if (!list)
-		return NULL;
-	Py_ssize_t count = PyList_Size(list);
-	uint64_t *ids = malloc((size_t)count * sizeof *ids + 1);
-	for (Py_ssize_t i = 0; ids && i < count && !PyErr_Occurred(); i++)
-		ids[i] = PyLong_AsUnsignedLongLong(PyList_GetItem(list, i));
-	struct { uint32_t count, padding; uint64_t spare; } body = { (uint32_t)count, 0, 0 };
-	if (!ids)
-		PyErr_NoMemory();
-	else if (!PyErr_Occurred())
-		result = notify(NOTIFY_PRUNE, &body, sizeof body, ids, (size_t)count * sizeof *ids);
-	free(ids);
-	Py_DECREF(list);
-	return result;
-}
+int wire_device(void) { return wire.device; }
 
 static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "serve", serve, METH_VARARGS, NULL },
@@ -670,6 +642,7 @@ static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "written", written, METH_VARARGS, NULL },
 	{ "counts", counts, METH_NOARGS, NULL },
 	{ "is_idle", is_idle, METH_NOARGS, NULL },
+	{ "hold", hold, METH_VARARGS, NULL },
 	{ "is_active", is_active, METH_NOARGS, NULL },
 	{ "is_interposed", is_interposed, METH_NOARGS, NULL },
 	{ "finds_libfuse", finds_libfuse, METH_NOARGS, NULL },

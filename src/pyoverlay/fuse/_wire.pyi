@@ -5,10 +5,12 @@ A *node* is the kernel's number of an inode, which with pyfuse3 is `st_ino`. All
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 class LaneCounts(TypedDict):
-    """What needed no Python: requests answered by the receiver, requests given to C threads, and nodes registered now."""
+    """What needed no pyfuse3: requests answered by the receiver, requests given to C threads, requests answered by one plain call of
+    Python, and nodes registered now.
+    """
 
     reads: int
     writes: int
@@ -17,12 +19,14 @@ class LaneCounts(TypedDict):
     attributes: int
     queued_reads: int
     queued_writes: int
+    direct: int
     nodes: int
 
 def serve(
     init: Callable[[bytes, bytes], bytes] | None,
     interrupt: Callable[[int], bool] | None,
     opcodes: Iterable[int],
+    direct: dict[int, Callable[..., Any]] = ...,
     /,
 ) -> None:
     """Say what Python wants of the next session, before it is mounted; forgotten when pyfuse3 closes it.
@@ -31,6 +35,9 @@ def serve(
     `interrupt` gets the `unique` of a request whose caller has been killed; True keeps the message from libfuse.
     A request whose opcode is in `opcodes` calls pyfuse3's `read(fh=0, off=0, size=0)`: the handler finds the real one by
     `whole_request()`, and what it returns is the body of the reply. ValueError: an opcode below 0 or above 63.
+    `direct` has a function for each opcode that is answered by a plain call, on the thread that receives, before pyfuse3 sees it; it gets
+    the request's fields and returns what the reply says, a negative errno, or NotImplemented, which leaves the request to pyfuse3. What
+    each gets and returns is in `pyoverlay.fuse.direct`; a function for READ or WRITE registers a lane.
     """
 
 def request() -> tuple[int, int, int, int, int, int, bytes]:
@@ -64,6 +71,11 @@ def counts() -> tuple[dict[int, int], LaneCounts]:
 
 def is_idle() -> bool:
     """Whether the last receive waited in vain, so that the loop should sleep until the device is readable."""
+
+def hold(change: int, /) -> None:
+    """Say that so many more calls, or fewer, are under way in threads, whose ends the loop waits for. While there are none the receiver
+    sleeps on the device itself for some milliseconds before it gives the loop its turn.
+    """
 
 def is_active() -> bool:
     """Whether pyfuse3 has received through this module since the session began."""

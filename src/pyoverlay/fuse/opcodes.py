@@ -12,7 +12,7 @@ import errno
 import functools
 import logging
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -88,6 +88,9 @@ class ExtraOperations(Protocol):
     async def statx(self, ino: int, mask: int, flags: int) -> Statx: ...
 
     async def syncfs(self, ino: int) -> None: ...
+
+    direct: Mapping[int, Callable[..., Any]]
+    """Plain functions that the receiver calls for requests of these opcodes, before pyfuse3 sees them: direct.py."""
 
     def interrupt(self, unique: int) -> None:
         """The caller of the request `unique` was killed; its handler may now fail with EINTR. Requests that are done may be named."""
@@ -211,7 +214,7 @@ def attach(operations: pyfuse3.Operations, wire: Wire, wanted: Wanted) -> None:
 
     setattr(operations, "read", read)  # noqa: B010  (an assignment to a method is a type error)
     interrupt = functools.partial(_interrupt, operations) if hasattr(operations, "interrupt") else None
-    wire.serve(functools.partial(init_reply, wanted=wanted), interrupt, opcodes_of(operations))
+    wire.serve(functools.partial(init_reply, wanted=wanted), interrupt, opcodes_of(operations), getattr(operations, "direct", {}))
 
 
 async def _answer(operations: object, wire: Wire) -> bytes:

@@ -1,11 +1,12 @@
-"""FUSE requests to core calls and back. A handler translates, awaits a copy-up where one is due, calls core once, and translates the
-answer.
+"""pyfuse3's handlers. A handler awaits a copy-up where one is due, asks `Answers` once, and translates what it gets.
 
 Handlers run straight through on the loop: two can interleave only at an await, and the only awaits are for a copy-up's data, an fsync,
 and a read that is not in the page cache. What is true before such an await is looked up again after it.
 
 A file handle is the node id: descriptors belong to inodes, not to opens. So an open costs nothing, copy-up happens at the first write
 and not at the open for writing, and a descriptor opened before a copy-up reads what is written after it.
+
+Without the extension every request comes here. With it only what has to wait, or what is too rare to be worth its own way.
 """
 
 from __future__ import annotations
@@ -20,20 +21,17 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
-from pyoverlay.core import attributes, change, copyup
-from pyoverlay.core import rename as renaming
+from pyoverlay.core import attributes, copyup
 from pyoverlay.core.change import Caller
-from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.inode import Inode
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import View
+from pyoverlay.fuse.answers import SELF_AND_ABOVE, Answers, NotAtOnce, Shown
 from pyoverlay.fuse.binding import pyfuse3
 
 log = logging.getLogger(__name__)
 
 FOREVER = 1e9  # seconds that the kernel may believe an answer: this mount is the only writer
-# Bytes copied on the loop, where nothing waits for a disk: a thread costs more.
-INLINE_COPY = 256 << 10
-_DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
 
 
 class Requester(Protocol):
@@ -47,6 +45,7 @@ class Requester(Protocol):
     def umask(self) -> int: ...
 
 
+T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
@@ -93,13 +92,13 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, answers: Answers | None = None) -> None:
         super().__init__()
         self.view = view
         self.answered: Counter[str] = Counter()  # by handler
+        self.answers = answers or Answers(view)
         self._copying: dict[Inode, UnderWay] = {}  # copy-ups whose data is on the way
-        policy = view.policy
-        self._squash = (policy.squash_uid, policy.squash_gid) if (policy.squash_uid, policy.squash_gid) != (None, None) else None
+        self.answers.copying = self._copying
         self._nothing = pyfuse3.EntryAttributes()
         self._nothing.st_ino = 0
         self._nothing.entry_timeout = FOREVER
@@ -110,41 +109,22 @@ class Operations(pyfuse3.Operations):
 
     # -- translation
 
-    def _entry(self, inode: Inode, st: os.stat_result) -> pyfuse3.EntryAttributes:
+    def _entry(self, shown: Shown) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = inode.ino
+        entry.st_ino, st, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_blocks = shown
         entry.entry_timeout = FOREVER
         entry.attr_timeout = FOREVER
         entry.st_mode = st.st_mode
-        entry.st_nlink = self.view.nlink(inode, st)
-        entry.st_uid = st.st_uid
-        entry.st_gid = st.st_gid
         entry.st_rdev = st.st_rdev
         entry.st_size = st.st_size
-        entry.st_blocks = st.st_blocks
-        if not st.st_blocks and (st.st_size or self.enable_writeback_cache) and inode.is_regular:
-            # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
-            entry.st_blocks = 1
         entry.st_blksize = st.st_blksize
         entry.st_atime_ns = st.st_atime_ns
         entry.st_mtime_ns = st.st_mtime_ns
         entry.st_ctime_ns = st.st_ctime_ns
-        if self._squash is not None:
-            uid, gid = self._squash
-            entry.st_uid = st.st_uid if uid is None else uid
-            entry.st_gid = st.st_gid if gid is None else gid
-        return entry
-
-    def _looked_up(self, inode: Inode, st: os.stat_result) -> pyfuse3.EntryAttributes:
-        """As _entry, in an answer that gives the kernel a reference."""
-        entry = self._entry(inode, st)
-        inode.nlookup += 1
         return entry
 
     def _caller(self, ctx: Requester) -> Caller:
-        if self._squash is not None:
-            return Caller(os.geteuid(), os.getegid(), ctx.umask)
-        return Caller(ctx.uid, ctx.gid, ctx.umask)
+        return self.answers.caller(ctx.uid, ctx.gid, ctx.umask)
 
     # -- copy-up
 
@@ -159,15 +139,16 @@ class Operations(pyfuse3.Operations):
             await other.done.wait()
         if inode.in_upper:
             return False
-        if not inode.is_regular:
-            return copyup.copy_up(self.view, inode)
+        try:
+            return self.answers.copy_up(inode, size)
+        except NotAtOnce:
+            return await self._copy_up_in_thread(inode, size, request)
+
+    async def _copy_up_in_thread(self, inode: Inode, size: int | None, request: int) -> bool:
         this = self._copying[inode] = UnderWay(request)
         try:
             with copyup.prepare(self.view, inode, size) as this.copy:
-                if this.copy.size <= INLINE_COPY and not copyup.must_order(self.view.upper):
-                    copyup.fill(this.copy)
-                else:
-                    await trio.to_thread.run_sync(copyup.fill, this.copy)
+                await self._in_thread(copyup.fill, this.copy)
                 copyup.publish(self.view, this.copy)
                 log.debug("copied up %d: %d bytes", inode.ino, this.copy.size)
                 return this.copy.is_truncation
@@ -187,6 +168,10 @@ class Operations(pyfuse3.Operations):
         """The same for a SETATTR that truncates."""
         return False
 
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        result: T = await trio.to_thread.run_sync(call, *arguments)
+        return result
+
     async def _copied_up(self, ino: int) -> Inode:
         inode = self.view.inode(ino)
         if not inode.in_upper:
@@ -197,23 +182,21 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        found = self.view.lookup(self.view.directory(parent_inode), name)
-        return self._looked_up(*found) if found is not None else self._nothing
+        shown = self.answers.lookup(parent_inode, name)
+        return self._entry(shown) if shown is not None else self._nothing
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, nlookup in inode_list:
-            self.view.forget(ino, nlookup)
+            self.answers.forget(ino, nlookup)
 
     @handler
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        known = self.view.inode(inode)
-        return self._entry(known, self.view.stat(known))
+        return self._entry(self.answers.getattr(inode))
 
     @handler
     async def setattr(
         self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        known = self.view.inode(inode)
         wanted = attributes.Wanted(
             mode=attr.st_mode if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
@@ -223,17 +206,13 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         drops_privileges = self._setattr_drops_privileges()
-        if await self._copy_up(known, wanted.size):
+        if await self._copy_up(self.view.inode(inode), wanted.size):
             wanted.size = None
-        st = attributes.setattr(self.view, known, wanted)
-        if drops_privileges:
-            attributes.drop_privileges_of(self.view, known)
-            st = self.view.stat(known)
-        return self._entry(known, st)
+        return self._entry(self.answers.setattr(inode, wanted, drops_privileges=drops_privileges))
 
     @handler
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return self.view.readlink(self.view.inode(inode))
+        return self.answers.readlink(inode)
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -251,66 +230,59 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        return self.view.getxattr(self.view.inode(inode), name)
+        return self.answers.getxattr(inode, name)
 
     @handler
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        names = self.view.listxattr(self.view.inode(inode))
-        if ctx.uid:
-            # trusted.* is for CAP_SYS_ADMIN (xattr(7)). The kernel asks us whether to list it, and tells us the caller's uid alone.
-            return [name for name in names if not name.startswith(b"trusted.")]
-        return names
+        return self.answers.listxattr(inode, ctx.uid)
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        attributes.setxattr(self.view, await self._copied_up(inode), name, value)
+        await self._copied_up(inode)
+        self.answers.setxattr(inode, name, value)
 
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self.view.getxattr(self.view.inode(inode), name)  # ENODATA copies nothing up
-        attributes.removexattr(self.view, await self._copied_up(inode), name)
+        self.answers.getxattr(inode, name)  # ENODATA copies nothing up
+        await self._copied_up(inode)
+        self.answers.removexattr(inode, name)
 
     # -- names
 
     @handler
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._looked_up(*change.mknod(self.view, self.view.directory(parent_inode), name, mode, rdev, self._caller(ctx)))
+        return self._entry(self.answers.mknod(parent_inode, name, mode, rdev, self._caller(ctx)))
 
     @handler
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._looked_up(*change.mkdir(self.view, self.view.directory(parent_inode), name, mode, self._caller(ctx)))
+        return self._entry(self.answers.mkdir(parent_inode, name, mode, self._caller(ctx)))
 
     @handler
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._looked_up(*change.symlink(self.view, self.view.directory(parent_inode), name, target, self._caller(ctx)))
+        return self._entry(self.answers.symlink(parent_inode, name, target, self._caller(ctx)))
 
     @handler
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        known = await self._copied_up(inode)
-        return self._looked_up(known, change.link(self.view, known, self.view.directory(new_parent_inode), new_name))
+        await self._copied_up(inode)
+        return self._entry(self.answers.link(inode, new_parent_inode, new_name))
 
     @handler
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        change.unlink(self.view, self.view.directory(parent_inode), name)
+        self.answers.unlink(parent_inode, name)
 
     @handler
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        change.rmdir(self.view, self.view.directory(parent_inode), name)
+        self.answers.rmdir(parent_inode, name)
 
     @handler
     async def rename(
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int, ctx: pyfuse3.RequestContext
     ) -> None:
-        old_parent, new_parent = self.view.directory(parent_inode_old), self.view.directory(parent_inode_new)
+        sides = (parent_inode_old, name_old, parent_inode_new, name_new, flags)
         request = self._request()
-        sides = [(old_parent, name_old)]
-        if flags & pyfuse3.RENAME_EXCHANGE:
-            sides.append((new_parent, name_new))
-        for parent, name in sides:
-            found = self.view.lookup(parent, name)
-            if found is not None and found[0].is_regular:
-                await self._copy_up(found[0], request=request)
-        renaming.rename(self.view, old_parent, name_old, new_parent, name_new, flags)
+        while missing := self.answers.to_copy_up_for_rename(*sides):
+            await self._copy_up(missing[0], request=request)
+        self.answers.rename(*sides)
 
     # -- files
 
@@ -330,8 +302,8 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        inode, st = change.create(self.view, self.view.directory(parent_inode), name, mode, self._caller(ctx))
-        return pyfuse3.FileInfo(fh=inode.ino, keep_cache=True), self._looked_up(inode, st)
+        entry = self._entry(self.answers.create(parent_inode, name, mode, self._caller(ctx)))
+        return pyfuse3.FileInfo(fh=entry.st_ino, keep_cache=True), entry
 
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:
@@ -357,7 +329,7 @@ class Operations(pyfuse3.Operations):
         """In a thread: one cold page or one slow server must not stop everybody."""
         inode.pins += 1
         try:
-            return await trio.to_thread.run_sync(os.pread, fd, size, off)
+            return await self._in_thread(os.pread, fd, size, off)
         finally:
             inode.pins -= 1
 
@@ -376,26 +348,23 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: int) -> None:
         if self.view.policy.fsync is not Fsync.STRICT:
             raise pyfuse3.FUSEError(errno.ENOSYS)  # and the kernel never asks again
-        await self._sync(self.view.inode(fh), datasync=False)
+        await self._sync(fh, datasync=False)
 
     async def release(self, fh: int) -> None:
         """Descriptors belong to inodes."""
 
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._sync(self.view.inode(fh), datasync=datasync)
+        await self._sync(fh, datasync=datasync)
 
-    async def _sync(self, inode: Inode, *, datasync: bool) -> None:
-        """Durable when it returns. What is still a lower's alone is so already."""
-        if not inode.in_upper or self.view.policy.fsync is Fsync.VOLATILE:
+    async def _sync(self, ino: int, *, datasync: bool) -> None:
+        """Durable when it returns."""
+        fd = self.answers.data_to_sync(ino)
+        if fd is None:
             return
-        if isinstance(inode, Directory):
-            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.view.upper_fd(inode))
-        else:
-            fd = os.dup(self.view.data_fd(inode, write=True))
         try:
             calls = self.view.upper.calls
-            await trio.to_thread.run_sync(calls.fdatasync if datasync else calls.fsync, fd)
+            await self._in_thread(calls.fdatasync if datasync else calls.fsync, fd)
         finally:
             os.close(fd)
 
@@ -408,28 +377,19 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        directory = self.view.directory(fh)
-        listing = self.view.listing(directory)
-        if start_id < _DOT and not pyfuse3.readdir_reply(token, b".", self._entry(directory, self.view.stat(directory)), _DOT):
-            return
-        above = directory.parent or directory
-        if start_id < _DOTDOT and not pyfuse3.readdir_reply(token, b"..", self._entry(above, self.view.stat(above)), _DOTDOT):
-            return
-        for offset, name in listing.after(max(start_id, _DOTDOT)):
-            found = self.view.lookup(directory, name)
-            if found is None:
-                continue
-            inode, st = found
-            if not pyfuse3.readdir_reply(token, name, self._entry(inode, st), offset):
-                self.view.release(inode)
+        for offset, name, inode, st in self.answers.walk(fh, start_id):
+            is_counted = name not in SELF_AND_ABOVE
+            if not pyfuse3.readdir_reply(token, name, self._entry(self.answers.shown(inode, st)), offset):
+                if is_counted:
+                    self.view.release(inode)
                 return
-            inode.nlookup += 1
+            inode.nlookup += is_counted
 
     async def releasedir(self, fh: int) -> None:
         """Nothing was opened."""
 
     @handler
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._sync(self.view.inode(fh), datasync=datasync)
+        await self._sync(fh, datasync=datasync)
 
 

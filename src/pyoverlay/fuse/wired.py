@@ -16,15 +16,15 @@ import struct
 from collections.abc import Callable
 from typing import TypeVar
 
-import trio
-
-from pyoverlay.core import attributes, change, syscalls
+from pyoverlay.core import attributes, syscalls
+from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
 from pyoverlay.core.view import View, failure
-from pyoverlay.fuse import opcodes
+from pyoverlay.fuse import direct, opcodes
+from pyoverlay.fuse.answers import INLINE_COPY, Answers, Shown
 from pyoverlay.fuse.binding import Wire, pyfuse3
-from pyoverlay.fuse.operations import INLINE_COPY, Operations, handler
+from pyoverlay.fuse.operations import Operations
 
 _WRITE_FLAGS = struct.Struct("<20xI")  # struct fuse_write_in
 _WRITE_KILL_SUIDGID = 1 << 2
@@ -43,8 +43,8 @@ _INLINE_BYTES = 64 << 20  # files past this: calls that walk or change their ext
 T = TypeVar("T")
 
 
-class WiredOperations(Operations):
-    """Operations, with the extension `wire` in effect."""
+class WiredAnswers(Answers):
+    """Answers, of which the extension `wire` is told what it may answer by itself."""
 
     def __init__(self, view: View, wire: Wire) -> None:
         super().__init__(view)
@@ -52,11 +52,6 @@ class WiredOperations(Operations):
         view.after_open = self._register
         view.before_drop = self._drop
         view.cache.before_close = self._unregister
-
-    def requests(self) -> dict[str, int]:
-        """Every request that was received, by the kernel's name of it, with those that the extension answered by itself."""
-        counts, _ = self._wire.counts()
-        return {opcodes.REQUESTS.get(opcode, f"opcode {opcode}"): count for opcode, count in counts.items() if count}
 
     # -- the data lanes
 
@@ -66,15 +61,23 @@ class WiredOperations(Operations):
         """
         if inode.is_writable:
             self.view.upper.is_dirty = True
-        # With writeback a file of no size may have data that are not here yet: _entry knows what to say of its blocks.
+        # With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks.
         owns_attributes = (
-            inode.is_writable and not inode.lower_links and self._squash is None and not self.enable_writeback_cache and not inode.kept_name
+            inode.is_writable and not inode.lower_links and self.squash is None and not self.shows_writeback and not inode.kept_name
         )
         self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
 
     def _unregister(self, held: Held) -> None:
         if isinstance(held, Inode) and held.is_regular:
             self._wire.lane(held.ino, -1, -1)
+
+    def read(self, ino: int) -> None:
+        """A descriptor for the file, from which the extension then reads."""
+        self.view.data_fd(self.view.inode(ino))
+
+    def write(self, ino: int) -> None:
+        """The same to write to."""
+        self.view.data_fd(self._copied_up(ino), write=True)
 
     # -- what is known not to be there
     #
@@ -88,26 +91,51 @@ class WiredOperations(Operations):
         if not _ASKED_BY_KERNEL & frozenset(self.view.listxattr(inode)):
             self._wire.no_xattr(inode.ino, True)
 
-    @handler
-    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        known = self.view.inode(inode)
+    def getxattr(self, ino: int, name: bytes) -> bytes:
         try:
-            return self.view.getxattr(known, name)
+            return super().getxattr(ino, name)
         except OSError as error:
             if error.errno == errno.ENODATA and name in _ASKED_BY_KERNEL:
-                self._note_privileges(known)
+                self._note_privileges(self.view.inode(ino))
             raise
 
-    @handler
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._wire.no_xattr(inode, False)
-        await super().setxattr(inode, name, value, ctx)
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        if name in _ASKED_BY_KERNEL:
+            self._wire.no_xattr(ino, False)
+        super().setxattr(ino, name, value, flags)
 
-    def _made(self, parent_inode: int, entry: pyfuse3.EntryAttributes) -> pyfuse3.EntryAttributes:
+    def _made(self, parent: int, shown: Shown) -> Shown:
         """A new object has no ACL, unless its directory gives it one."""
-        if not self.view.has_default_acl(self.view.directory(parent_inode)):
-            self._wire.no_xattr(entry.st_ino, True)
-        return entry
+        if not self.view.has_default_acl(self.view.directory(parent)):
+            self._wire.no_xattr(shown[0], True)
+        return shown
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Shown:
+        if stat.S_ISREG(mode):
+            return self._made(parent, self.create(parent, name, mode, caller))
+        return self._made(parent, super().mknod(parent, name, mode, rdev, caller))
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Shown:
+        return self._made(parent, super().mkdir(parent, name, mode, caller))
+
+
+class WiredOperations(Operations):
+    """Operations, with the extension `wire` in effect. direct: what the receiver calls by itself, by opcode."""
+
+    def __init__(self, view: View, wire: Wire) -> None:
+        answers = WiredAnswers(view, wire)
+        super().__init__(view, answers)
+        self._wire = wire
+        self.direct = {
+            **direct.functions(answers),
+            direct.READ: direct.at_once(answers, "read", answers.read),
+            direct.WRITE: direct.at_once(answers, "write", answers.write),
+        }
+
+    def requests(self) -> dict[str, int]:
+        """Every request that was received, by the kernel's name of it, with those that the extension answered by itself."""
+        counts, _ = self._wire.counts()
+        return {opcodes.REQUESTS.get(opcode, f"opcode {opcode}"): count for opcode, count in counts.items() if count}
 
     # -- interrupted copy-ups
 
@@ -133,17 +161,6 @@ class WiredOperations(Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """MKNOD does the same, and no RELEASE follows it: one request for a new file instead of two."""
         raise pyfuse3.FUSEError(errno.ENOSYS)
-
-    @handler
-    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        if not stat.S_ISREG(mode):
-            return self._made(parent_inode, await super().mknod(parent_inode, name, mode, rdev, ctx))
-        parent = self.view.directory(parent_inode)
-        return self._made(parent_inode, self._looked_up(*change.create(self.view, parent, name, mode, self._caller(ctx))))
-
-    @handler
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._made(parent_inode, await super().mkdir(parent_inode, name, mode, ctx))
 
     # -- writing takes privileges away
 
@@ -185,7 +202,7 @@ class WiredOperations(Operations):
                 if error.errno != errno.ENOENT:
                     raise
 
-        await trio.to_thread.run_sync(notify)
+        await self._in_thread(notify)
 
     async def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int) -> int:
         """Reflinked where the file system can."""
@@ -200,7 +217,7 @@ class WiredOperations(Operations):
             if length <= INLINE_COPY and self._is_cached(source, fd, off_in, length):
                 copied = calls.copy_file_range(fd, fd_out, length, off_in, off_out)
             else:
-                copied = await self._in_thread(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
+                copied = await self._pinned(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
         finally:
             source.pins -= 1
         if uid:
@@ -220,8 +237,8 @@ class WiredOperations(Operations):
 
     async def tmpfile(self, parent: int, mode: int, flags: int, ctx: opcodes.Caller) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """O_TMPFILE."""
-        inode, st = change.tmpfile(self.view, self.view.directory(parent), mode, self._caller(ctx))
-        return pyfuse3.FileInfo(fh=inode.ino, keep_cache=True), self._looked_up(inode, st)
+        entry = self._entry(self.answers.tmpfile(parent, mode, self._caller(ctx)))
+        return pyfuse3.FileInfo(fh=entry.st_ino, keep_cache=True), entry
 
     async def ioctl(self, ino: int, cmd: int, arg: bytes, out_size: int, ctx: opcodes.Caller) -> bytes:
         """chattr and lsattr: FS_IOC_GETFLAGS, SETFLAGS, FSGETXATTR, FSSETXATTR. The kernel has checked who may."""
@@ -253,20 +270,28 @@ class WiredOperations(Operations):
         inode = self.view.inode(ino)
         place = self.view.place(inode)
         found = syscalls.statx(place.dirfd, place.name)
-        return opcodes.Statx(self._entry(inode, self.view.stat(inode)), found.btime_ns)
+        return opcodes.Statx(self._entry(self.answers.getattr(ino)), found.btime_ns)
 
     async def _long(self, inode: Inode, call: Callable[[], T]) -> T:
         """At once, or in a thread where the file is so big that it may take seconds."""
         if self.view.stat(inode).st_size <= _INLINE_BYTES:
             return call()
-        return await self._in_thread(inode, call)
+        return await self._pinned(inode, call)
 
-    async def _in_thread(self, inode: Inode, call: Callable[[], T]) -> T:
+    async def _pinned(self, inode: Inode, call: Callable[[], T]) -> T:
+        """In a thread, while the inode's descriptor keeps its number."""
         inode.pins += 1
         try:
-            return await trio.to_thread.run_sync(call)
+            return await self._in_thread(call)
         finally:
             inode.pins -= 1
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        self._wire.hold(1)
+        try:
+            return await super()._in_thread(call, *arguments)
+        finally:
+            self._wire.hold(-1)
 
 
 def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) -> Operations:
@@ -276,5 +301,5 @@ def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) ->
     fsync or close at the earliest.
     """
     operations = Operations(view) if wire is None else WiredOperations(view, wire)
-    operations.enable_writeback_cache = writeback
+    operations.enable_writeback_cache = operations.answers.shows_writeback = writeback
     return operations

@@ -65,12 +65,13 @@ assert wire.counts() == ({}, dict.fromkeys(wire.counts()[1], 0))
 class Kernel:
     """Our end of the socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = SERVER) -> None:
         self.socket, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(10)
         self.unique = 0
         with device:
-            self.server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SERVER, str(device.fileno())], pass_fds=[device.fileno()])
+            argv = [sys.executable, "-W", "ignore", "-c", program, str(device.fileno())]
+            self.server = subprocess.Popen(argv, pass_fds=[device.fileno()])
 
     def send(self, opcode: int, body: bytes, node: int = 1, length: int | None = None) -> int:
         self.unique += 2

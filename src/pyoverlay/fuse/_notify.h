@@ -1,0 +1,13 @@
+/* Notifications, as methods of the module; used by _wire.c alone. */
+#ifndef PYOVERLAY_NOTIFY_H
+#define PYOVERLAY_NOTIFY_H
+
+#include <Python.h>
+
+int wire_device(void);                       /* -1: nothing is mounted; of _wire.c */
+
+PyObject *notify_inval_inode(PyObject *self, PyObject *args);
+PyObject *notify_inval_entry(PyObject *self, PyObject *args);
+PyObject *notify_prune(PyObject *self, PyObject *nodes);
+
+#endif

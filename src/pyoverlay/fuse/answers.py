@@ -1,0 +1,250 @@
+"""Requests to core calls and back, as far as nothing waits: one plain call each.
+
+With the extension the receiver makes these calls itself, request after request (direct.py); pyfuse3's handlers make them otherwise
+(operations.py), after they have awaited what there is to wait for. So each operation is here once. What cannot be answered yet, since data
+has to be copied up and on disk first, raises `NotAtOnce`, and nothing has been changed by then.
+
+A file handle is the node id: descriptors belong to inodes, not to opens.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+
+from pyoverlay.core import attributes, change, copyup
+from pyoverlay.core import rename as renaming
+from pyoverlay.core.change import Caller
+from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.policy import Fsync
+from pyoverlay.core.syscalls import RENAME_EXCHANGE
+from pyoverlay.core.view import View, failure
+
+# Bytes copied on the loop, where nothing waits for a disk: a thread costs more.
+INLINE_COPY = 256 << 10
+
+SELF_AND_ABOVE = (b".", b"..")  # entries for which the kernel takes no reference
+_DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
+_XATTR_CREATE, _XATTR_REPLACE = 1, 2
+
+Shown = tuple[int, os.stat_result, int, int, int, int]
+"""What an object shows: its number, stat, and what differs from that: links, uid, gid, blocks."""
+
+
+class NotAtOnce(Exception):
+    """The answer has to wait for a copy-up."""
+
+
+class Answers:
+    """What one mount answers. Each method is named after its request and raises OSError with its caller's errno.
+
+    copying: what is being copied up in a thread meanwhile. shows_writeback: sizes and blocks may be behind what the page cache has.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.copying: Mapping[Inode, object] = {}
+        self.shows_writeback = False
+        policy = view.policy
+        self.squash = (policy.squash_uid, policy.squash_gid) if (policy.squash_uid, policy.squash_gid) != (None, None) else None
+
+    def shown(self, inode: Inode, st: os.stat_result) -> Shown:
+        uid, gid, blocks = st.st_uid, st.st_gid, st.st_blocks
+        if not blocks and (st.st_size or self.shows_writeback) and inode.is_regular:
+            # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
+            blocks = 1
+        if self.squash is not None:
+            uid = uid if self.squash[0] is None else self.squash[0]
+            gid = gid if self.squash[1] is None else self.squash[1]
+        return inode.ino, st, self.view.nlink(inode, st), uid, gid, blocks
+
+    def _looked_up(self, inode: Inode, st: os.stat_result) -> Shown:
+        """As shown, in an answer that gives the kernel a reference."""
+        inode.nlookup += 1
+        return self.shown(inode, st)
+
+    def caller(self, uid: int, gid: int, umask: int) -> Caller:
+        if self.squash is not None:
+            return Caller(os.geteuid(), os.getegid(), umask)
+        return Caller(uid, gid, umask)
+
+    # -- copy-up
+
+    def copy_up(self, inode: Inode, size: int | None = None) -> bool:
+        """The object in the upper. size: no more of the data is wanted; returns whether a truncation to it is thereby done.
+
+        NotAtOnce: it takes a thread, or is being done by one.
+        """
+        if inode.in_upper:
+            return False
+        if inode.is_regular and (inode in self.copying or not self._is_quick(inode, size)):
+            raise NotAtOnce
+        return copyup.copy_up(self.view, inode, size)
+
+    def _is_quick(self, inode: Inode, size: int | None) -> bool:
+        if copyup.must_order(self.view.upper):
+            return False
+        return (size is not None and size <= INLINE_COPY) or self.view.stat(inode).st_size <= INLINE_COPY
+
+    def _copied_up(self, ino: int) -> Inode:
+        inode = self.view.inode(ino)
+        self.copy_up(inode)
+        return inode
+
+    # -- look-up and attributes
+
+    def lookup(self, parent: int, name: bytes) -> Shown | None:
+        """None: there is no such name."""
+        found = self.view.lookup(self.view.directory(parent), name)
+        return self._looked_up(*found) if found is not None else None
+
+    def forget(self, ino: int, nlookup: int) -> None:
+        self.view.forget(ino, nlookup)
+
+    def getattr(self, ino: int) -> Shown:
+        inode = self.view.inode(ino)
+        return self.shown(inode, self.view.stat(inode))
+
+    def setattr(self, ino: int, wanted: attributes.Wanted, *, drops_privileges: bool) -> Shown:
+        inode = self.view.inode(ino)
+        if self.copy_up(inode, wanted.size):
+            wanted.size = None
+        st = attributes.setattr(self.view, inode, wanted)
+        if drops_privileges:
+            attributes.drop_privileges_of(self.view, inode)
+            st = self.view.stat(inode)
+        return self.shown(inode, st)
+
+    def readlink(self, ino: int) -> bytes:
+        return self.view.readlink(self.view.inode(ino))
+
+    # -- extended attributes
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        return self.view.getxattr(self.view.inode(ino), name)
+
+    def listxattr(self, ino: int, uid: int) -> list[bytes]:
+        names = self.view.listxattr(self.view.inode(ino))
+        if uid:
+            # trusted.* is for CAP_SYS_ADMIN (xattr(7)). The kernel asks us whether to list it, and tells us the caller's uid alone.
+            return [name for name in names if not name.startswith(b"trusted.")]
+        return names
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        if flags:
+            self._refuse_by_flags(ino, name, flags)
+        attributes.setxattr(self.view, self._copied_up(ino), name, value)
+
+    def _refuse_by_flags(self, ino: int, name: bytes, flags: int) -> None:
+        """XATTR_CREATE and XATTR_REPLACE, before anything is copied up."""
+        try:
+            self.view.getxattr(self.view.inode(ino), name)
+        except OSError as error:
+            if error.errno != errno.ENODATA or flags & _XATTR_REPLACE:
+                raise
+            return
+        if flags & _XATTR_CREATE:
+            raise failure(errno.EEXIST)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        self.view.getxattr(self.view.inode(ino), name)  # ENODATA copies nothing up
+        attributes.removexattr(self.view, self._copied_up(ino), name)
+
+    # -- names
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Shown:
+        return self._looked_up(*change.mknod(self.view, self.view.directory(parent), name, mode, rdev, caller))
+
+    def create(self, parent: int, name: bytes, mode: int, caller: Caller) -> Shown:
+        return self._looked_up(*change.create(self.view, self.view.directory(parent), name, mode, caller))
+
+    def tmpfile(self, parent: int, mode: int, caller: Caller) -> Shown:
+        return self._looked_up(*change.tmpfile(self.view, self.view.directory(parent), mode, caller))
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Shown:
+        return self._looked_up(*change.mkdir(self.view, self.view.directory(parent), name, mode, caller))
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Shown:
+        return self._looked_up(*change.symlink(self.view, self.view.directory(parent), name, target, caller))
+
+    def link(self, ino: int, new_parent: int, new_name: bytes) -> Shown:
+        inode = self._copied_up(ino)
+        return self._looked_up(inode, change.link(self.view, inode, self.view.directory(new_parent), new_name))
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        change.unlink(self.view, self.view.directory(parent), name)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        change.rmdir(self.view, self.view.directory(parent), name)
+
+    def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        for inode in self.to_copy_up_for_rename(old_parent, old_name, new_parent, new_name, flags):
+            self.copy_up(inode)
+        view = self.view
+        renaming.rename(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
+
+    def to_copy_up_for_rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> list[Inode]:
+        """The files that a rename has to have in the upper."""
+        sides = [(old_parent, old_name)]
+        if flags & RENAME_EXCHANGE:
+            sides.append((new_parent, new_name))
+        missing = []
+        for parent, name in sides:
+            directory = self.view.directory(parent)
+            found = self.view.lookup(directory, name) if directory.lowers else None  # what the upper alone has is there
+            if found is not None and found[0].is_regular and not found[0].in_upper:
+                missing.append(found[0])
+        return missing
+
+    # -- files
+
+    def data_to_sync(self, ino: int) -> int | None:
+        """A descriptor to fsync, the caller's to close; None where that is settled: what is still a lower's alone is durable already."""
+        inode = self.view.inode(ino)
+        if not inode.in_upper or self.view.policy.fsync is Fsync.VOLATILE:
+            return None
+        if isinstance(inode, Directory):
+            return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.view.upper_fd(inode))
+        return os.dup(self.view.data_fd(inode, write=True))
+
+    # -- directories
+
+    def walk(self, ino: int, offset: int) -> Iterator[tuple[int, bytes, Inode, os.stat_result]]:
+        """(offset, name, object, attributes) of a directory's entries past an offset, "." and ".." first."""
+        view = self.view
+        directory = view.directory(ino)
+        listing = view.listing(directory)
+        if offset < _DOT:
+            yield _DOT, b".", directory, view.stat(directory)
+        if offset < _DOTDOT:
+            above = directory.parent or directory
+            yield _DOTDOT, b"..", above, view.stat(above)
+        for place, name in listing.after(max(offset, _DOTDOT)):
+            found = view.lookup(directory, name)
+            if found is not None:
+                yield place, name, *found
+
+    def entries(self, ino: int, offset: int, room: int) -> list[tuple[int, bytes, Shown]]:
+        """(offset, name, what it shows) of the entries past an offset, as many as a READDIRPLUS of so many bytes has room for.
+
+        All but "." and ".." give the kernel a reference. What fails after the first of them is for the next request to say.
+        """
+        found: list[tuple[int, bytes, Shown]] = []
+        try:
+            for place, name, inode, st in self.walk(ino, offset):
+                room -= entry_size(name)
+                if room < 0:
+                    self.view.release(inode)
+                    break
+                inode.nlookup += name not in SELF_AND_ABOVE
+                found.append((place, name, self.shown(inode, st)))
+        except OSError:
+            if not found:
+                raise
+        return found
+
+
+def entry_size(name: bytes) -> int:
+    """Bytes of an entry in the answer to READDIRPLUS: struct fuse_direntplus, the name, up to a multiple of eight."""
+    return 152 + len(name) + 7 & ~7
