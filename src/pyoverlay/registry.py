@@ -5,8 +5,8 @@ holds, since /run may by then lie below its own mount. Everybody else reads. A f
 time together name a process for good, a pid alone comes back. A daemon that could not sync its upper at the end leaves its file
 with `failure` in it, for `pyoverlay umount` to report.
 
-Beside it, `ID.sock` is where the daemon tells its counts: whoever connects gets one line of JSON and the end (daemon/control.py). A
-daemon that takes the connection and says nothing hangs.
+Beside it, `ID.sock` is where the daemon tells its counts: whoever connects gets one JSON object and the end (daemon/control.py answers,
+report/asking.py asks). A daemon that takes the connection and says nothing hangs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import glob
 import json
 import os
 import secrets
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -125,54 +124,6 @@ def remove(directory: int, record: Record) -> None:
     """Take a record out; nothing happens if it is gone."""
     with suppress(FileNotFoundError):
         os.unlink(record.id + SUFFIX, dir_fd=directory)
-
-
-def listen(directory: int, record: Record) -> socket.socket:
-    """The listening socket of a mount, mode 0600. OSError as bind(2) raises it."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    old = os.umask(0o177)
-    try:
-        # Through the descriptor: an address holds 107 bytes, and a runtime directory may be longer than that.
-        listener.bind(f"/proc/self/fd/{directory}/{record.id}{SOCKET_SUFFIX}")
-        listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(old)
-    return listener
-
-
-def remove_socket(directory: int, record: Record) -> None:
-    """Take a mount's socket out; nothing happens if it is gone."""
-    with suppress(FileNotFoundError):
-        os.unlink(record.id + SOCKET_SUFFIX, dir_fd=directory)
-
-
-def ask(record: Record, seconds: float) -> dict[str, Any] | None:
-    """What the daemon tells of itself; None: there is nobody to ask. TimeoutError: it took the question, and gave no answer in time."""
-    for path in readable_directories():
-        try:
-            directory = os.open(path, os.O_PATH | os.O_DIRECTORY)
-        except (FileNotFoundError, PermissionError):
-            continue
-        try:
-            return _ask(f"/proc/self/fd/{directory}/{record.id}{SOCKET_SUFFIX}", seconds)
-        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
-            continue
-        finally:
-            os.close(directory)
-    return None
-
-
-def _ask(address: str, seconds: float) -> dict[str, Any] | None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(seconds)
-        connection.connect(address)
-        with connection.makefile("rb") as answer:
-            content = answer.read()
-    told = json.loads(content) if content else None
-    return told if isinstance(told, dict) else None
 
 
 def leave_failure(directory: int, record: Record, failure: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +17,8 @@ import pytest
 
 from pyoverlay.core.policy import Policy
 from pyoverlay.report.changes import Comparison
-from pyoverlay.testing import Directory, Overlay, Tree, Whiteout, make_tree
+from pyoverlay.testing import Directory, File, Overlay, OverlayFactory, Tree, Whiteout, make_tree
+from pyoverlay.testing.mounts import command
 from tests.interop.docker_diff import CASES, TREE, Case
 from tests.posix.kernel_overlay import KernelOverlay
 
@@ -151,3 +155,122 @@ def test_a_failure_names_the_path(tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught:
             list(comparison.changes())
     assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, "d/e")
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pyoverlay_diff(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command("diff", *arguments), check=False, capture_output=True, timeout=30)
+
+
+def printed(*arguments: str | Path) -> list[str]:
+    result = pyoverlay_diff(*arguments)
+    assert (result.returncode, result.stderr) == (0, b"")
+    return result.stdout.decode(errors="surrogateescape").splitlines()
+
+
+LOWER: Tree = {"f": "from the lower", "kept": "1", "d": {"a": "1", "sub": {"c": "3"}}, "gone": {"x": "", "y": ""}}
+
+
+@pytest.fixture
+def mounted(overlay: OverlayFactory) -> Overlay:
+    """A mount in which something was added, changed, deleted, renamed and copied up."""
+    made = overlay(LOWER, {"below": {"b": ""}})
+    (made.merged / "new").write_bytes(b"x" * 2000)
+    (made.merged / "f").write_text("changed")
+    shutil.rmtree(made.merged / "gone")
+    (made.merged / "d").rename(made.merged / "moved")
+    os.close(os.open(made.merged / "kept", os.O_RDWR | os.O_APPEND))
+    os.chmod(made.merged / "kept", 0o644)
+    return made
+
+
+LINES = ["D /d", "C /f", "D /gone", "A /moved", "A /moved/a", "A /moved/sub", "A /moved/sub/c", "A /new"]
+
+
+def test_diff_of_a_mount_and_of_its_upper_are_the_same(mounted: Overlay) -> None:
+    assert printed(mounted.merged) == LINES
+    assert printed(mounted.writable) == LINES
+
+
+def test_diff_of_an_upper_that_is_not_mounted_needs_its_lowers(mounted: Overlay) -> None:
+    mounted.umount()
+    lowers = ":".join(map(str, mounted.lowers))
+    assert printed("--lower", lowers, mounted.writable) == LINES
+    result = pyoverlay_diff(mounted.writable)
+    line = f"pyoverlay: {mounted.writable}: an upper says what it holds, not what that changes; name the layers below with --lower, "
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr.decode().startswith(line)
+
+
+def test_diff_shows_copy_ups_and_bare_names_when_asked(mounted: Overlay) -> None:
+    assert printed("--all", mounted.merged) == sorted([*LINES, "U /kept"], key=lambda line: line[2:])
+    assert printed("--name-only", mounted.merged) == [line[2:] for line in LINES]
+
+
+def test_diff_sums_by_directory(mounted: Overlay) -> None:
+    assert printed("--stat", mounted.merged) == [
+        "SIZE      ADDED     CHANGED   DELETED   DIRECTORY",
+        "2.01kB    2         1         2         /",
+        "0B        2         0         0         /moved",
+        "0B        1         0         0         /moved/sub",
+        "2.01kB    5         1         2         total",
+    ]
+    (root, *_) = json.loads("\n".join(printed("--stat", "--json", mounted.merged)))["directories"]
+    assert root == {"path": "/", "size": 2007, "added": 2, "changed": 1, "deleted": 2, "copied_up": 0}
+
+
+def test_diff_in_json(mounted: Overlay) -> None:
+    told = json.loads("\n".join(printed("--json", mounted.merged)))
+    assert told["schema"] == 1
+    assert (told["upper"], told["lowers"]) == (str(mounted.writable), [str(lower) for lower in mounted.lowers])
+    assert [f"{change['kind']} {change['path']}" for change in told["changes"]] == LINES
+    moved, inside = (change for change in told["changes"] if change["path"] in ("/moved", "/moved/a"))
+    assert (moved["type"], moved["in_upper"], inside["in_upper"]) == ("directory", True, False)
+
+
+def test_diff_as_podman_prints_it(mounted: Overlay) -> None:
+    told = json.loads("\n".join(printed("--format", "json", mounted.merged)))
+    assert told == {
+        "changed": ["/f"], "added": ["/moved", "/moved/a", "/moved/sub", "/moved/sub/c", "/new"], "deleted": ["/d", "/gone"]
+    }  # fmt: skip
+
+
+def test_diff_passes_the_bytes_of_a_name_on(overlay: OverlayFactory) -> None:
+    made = overlay({})
+    (made.merged / os.fsdecode(b"no utf\xff\n")).touch()
+    assert pyoverlay_diff(made.merged).stdout == b"A /no utf\xff\n\n"
+
+
+def test_what_a_shared_map_has_dirtied_counts(overlay: OverlayFactory) -> None:
+    made = overlay({"f": File(content=b"x" * 4096)})
+    with open(made.merged / "f", "r+b") as file, mmap.mmap(file.fileno(), 4096) as shared:
+        shared[0] = 65
+        assert printed(made.merged) == ["C /f"]
+
+
+@pytest.mark.parametrize("arguments", [["--name-only", "--stat"], ["--json", "--format", "json"], ["--format", "{{.Path}}"]])
+def test_diff_with_two_forms_of_output_is_wrong_usage(tmp_path: Path, arguments: list[str]) -> None:
+    assert pyoverlay_diff(*arguments, tmp_path).returncode == 2
+
+
+def test_diff_of_what_is_no_mount_says_so(tmp_path: Path) -> None:
+    result = pyoverlay_diff(tmp_path / "nowhere")
+    assert (result.returncode, result.stderr.decode().splitlines()[0].partition(": ")[2].partition(";")[0]) == (
+        1, f"{tmp_path}/nowhere: neither a mount nor an upper (No such file or directory)"
+    )  # fmt: skip
+
+
+def test_diff_of_a_read_only_mount_says_so(overlay: OverlayFactory) -> None:
+    result = pyoverlay_diff(overlay({"f": ""}, read_only=True).merged)
+    assert (result.returncode, b"mounted read-only" in result.stderr) == (1, True)
+
+
+def test_a_reader_who_has_seen_enough_is_told_nothing(mounted: Overlay) -> None:
+    here = os.pipe()
+    os.close(here[0])
+    with subprocess.Popen(command("diff", mounted.merged), stdout=here[1], stderr=subprocess.PIPE) as process:
+        os.close(here[1])
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (1, b"")

@@ -17,6 +17,7 @@ from pyoverlay.errors import PyoverlayError
 COMMANDS = {
     "mount": "Mount an overlay.",
     "umount": "Unmount overlays; what was written is on disk when it returns.",
+    "diff": "Show what changed.",
     "export": "Write what changed as one layer of an image.",
     "doctor": "Check what this machine, and an upper, can do.",
     "completion": "Print the completion script of a shell.",

@@ -11,9 +11,10 @@ import click
 from pyoverlay.cli.progress import progress_bar
 from pyoverlay.daemon.options import lowerdirs
 from pyoverlay.errors import Refusal, UsageError
-from pyoverlay.image import exporting, publishing, target
+from pyoverlay.image import exporting, publishing
 from pyoverlay.image.exporting import Manner, Written
-from pyoverlay.image.target import Target
+from pyoverlay.report import target
+from pyoverlay.report.target import Target
 
 EPILOG = """\b
 The same upper gives the same bytes. Sockets are left out; overlay marks and security.* attributes other

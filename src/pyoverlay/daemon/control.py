@@ -8,13 +8,39 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
 
+from pyoverlay.registry import SOCKET_SUFFIX, Record
+
 log = logging.getLogger(__name__)
+
+
+def listen(directory: int, record: Record) -> socket.socket:
+    """The listening socket of a mount, mode 0600, in the open directory of the records. OSError as bind(2) raises it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    old = os.umask(0o177)
+    try:
+        # Through the descriptor: an address holds 107 bytes, and a runtime directory may be longer than that.
+        listener.bind(f"/proc/self/fd/{directory}/{record.id}{SOCKET_SUFFIX}")
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(old)
+    return listener
+
+
+def remove(directory: int, record: Record) -> None:
+    """Take a mount's socket out; nothing happens if it is gone."""
+    with suppress(FileNotFoundError):
+        os.unlink(record.id + SOCKET_SUFFIX, dir_fd=directory)
 
 
 async def answer(listener: socket.socket, status: Callable[[], dict[str, Any]]) -> None:

@@ -209,7 +209,7 @@ class _Entry:
             return
         if self._listener is not None:
             self._listener.close()
-            registry.remove_socket(self._directory, self.record)
+            control.remove(self._directory, self.record)
         if self._failure is None:
             registry.remove(self._directory, self.record)
         else:
@@ -229,7 +229,7 @@ def _listener(directory: int | None, record: registry.Record) -> socket.socket |
     if directory is None:
         return None
     try:
-        return registry.listen(directory, record)
+        return control.listen(directory, record)
     except OSError as error:
         log.warning("%s: this mount cannot be asked for its counts: %s", registry.own_directory(), error.strerror)
         return None

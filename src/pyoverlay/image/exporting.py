@@ -21,7 +21,7 @@ from pyoverlay.errors import Refusal
 from pyoverlay.image.changes import Change, Object, Opaque, Whiteout, changes
 from pyoverlay.image.tar_member import Kind, Member
 from pyoverlay.image.tar_writer import TarWriter
-from pyoverlay.image.target import Target
+from pyoverlay.report.target import Target
 
 _CHUNK = 1 << 20
 _KINDS = {

@@ -72,11 +72,11 @@ class Comparison:
     """
 
     def __init__(self, upper: bytes, lowers: Sequence[bytes], policy: Policy, work: bytes | None = None) -> None:
-        masked = frozenset((st.st_dev, st.st_ino) for st in (os.stat(path) for path in (upper, work) if path is not None))
+        empty = masked(upper, work)
         self.policy = policy
-        self.before = open_probed(lowers, policy, masked=masked)
+        self.before = open_probed(lowers, policy, masked=empty)
         try:
-            self.after = open_probed(lowers, policy, upper=upper, masked=masked)
+            self.after = open_probed(lowers, policy, upper=upper, masked=empty)
         except OSError:
             self.before.close()
             raise
@@ -115,6 +115,11 @@ class Comparison:
         """As the mount shows it: where ids are squashed, all are the same."""
         uid, gid = self.policy.squash_uid, self.policy.squash_gid
         return st.st_uid if uid is None else uid, st.st_gid if gid is None else gid
+
+
+def masked(upper: bytes, work: bytes | None) -> frozenset[tuple[int, int]]:
+    """(st_dev, st_ino) of the directories that show empty where a lower contains them, for open_probed."""
+    return frozenset((st.st_dev, st.st_ino) for st in (os.stat(path) for path in (upper, work) if path is not None))
 
 
 def _is_same_time(now: os.stat_result, then: os.stat_result) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pyoverlay import registry
 from pyoverlay.core import syscalls
-from pyoverlay.core.policy import Policy, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
 from pyoverlay.core.view import View
 from pyoverlay.errors import Refusal, printable
+from pyoverlay.report import mounts
+from pyoverlay.report.changes import Comparison, masked
+from pyoverlay.report.mounts import Mount, State
 
 _OVERLAYS = {0x65735546: "FUSE", 0x794C7630: "overlay"}  # FUSE_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC of <linux/magic.h>
 
@@ -37,55 +39,63 @@ class Target:
         return bool(self.lowers)
 
     def sync(self) -> None:
-        """What programs wrote to the mount and the kernel still holds reaches the upper."""
-        if self.merged is not None:
+        """What programs wrote to the mount and the kernel still holds reaches the upper, where this user may ask for it."""
+        if self.merged is None:
+            return
+        try:
             fd = os.open(self.merged, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                syscalls.syncfs(fd)
-            finally:
-                os.close(fd)
+        except PermissionError:  # a user's mount lets nobody else in, not even root
+            return
+        try:
+            syscalls.syncfs(fd)
+        finally:
+            os.close(fd)
 
     def open(self) -> View:
         """A read-only view of the layers, to be closed. Raises Refusal."""
         try:
-            masked = frozenset((st.st_dev, st.st_ino) for st in (os.stat(path) for path in (self.upper, self.work) if path is not None))
-            return open_probed(self.lowers, self.policy, upper=self.upper, masked=masked)
+            return open_probed(self.lowers, self.policy, upper=self.upper, masked=masked(self.upper, self.work))
+        except OSError as error:
+            raise Refusal.of(error, self.given) from error
+
+    def compare(self) -> Comparison:
+        """What the upper changes, to be closed. Raises Refusal; also where the lowers are not known."""
+        if not self.lowers:
+            remedy = "name the layers below with --lower, or mount it and name the mount point"
+            raise Refusal(self.given, "an upper says what it holds, not what that changes", remedy=remedy)
+        try:
+            return Comparison(self.upper, self.lowers, self.policy, self.work)
         except OSError as error:
             raise Refusal.of(error, self.given) from error
 
 
 def find(path: bytes, *, lowers: Sequence[bytes] = (), userxattr: bool = False) -> Target:
-    """The target that a path names: a live mount's mount point or upper, or any directory that was or could be an upper.
+    """The target that a path names: a mount point, or any directory that is, was or could be an upper.
 
-    lowers, userxattr: what a bare upper does not tell. Raises Refusal.
+    lowers, userxattr: what an upper that is not mounted does not tell. A mount whose daemon hangs or died is found all the same. Raises
+    Refusal.
     """
-    real = os.path.realpath(path)
-    for record in reversed(registry.live()):
-        if record.merged == real or (record.upper == real and not lowers):
-            return _live(path, record, is_mount=record.merged == real)
+    if (mount := mounts.at(path)) is not None:
+        return _mounted(path, mount, mount.record.merged)
     _require_directory(path)
     if (kind := _overlay_kind(path)) is not None and os.path.ismount(path):
         raise Refusal(path, f"a {kind} mount that is not in pyoverlay's list", errno.EINVAL, "name its upper directory instead")
-    return Target(path, real, tuple(map(os.path.realpath, lowers)), _policy(real, userxattr=userxattr))
+    if not lowers and (mount := mounts.over(path)) is not None:
+        return _mounted(path, mount, None)
+    real = os.path.realpath(path)
+    policy = Policy(userxattr=userxattr or not _may_read_trusted(), metacopy=True, privileged=_is_privileged(real))
+    return Target(path, real, tuple(map(os.path.realpath, lowers)), policy)
 
 
-def _live(path: bytes, record: registry.Record, *, is_mount: bool) -> Target:
+def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
+    record = mount.record
     if record.upper is None:
         raise Refusal(path, "mounted read-only: there is no upper, and nothing has changed", errno.EROFS)
-    whiteouts = next((Whiteouts(option[10:]) for option in record.options if option.startswith("whiteouts=")), Whiteouts.AUTO)
-    userxattr = "userxattr" in record.options or os.stat(f"/proc/{record.pid}").st_uid != 0
-    policy = _policy(record.upper, userxattr=userxattr, whiteouts=whiteouts)
-    return Target(path, record.upper, record.lowers, policy, record.work, record.merged if is_mount else None)
-
-
-def _policy(upper: bytes, *, userxattr: bool, whiteouts: Whiteouts = Whiteouts.AUTO) -> Policy:
-    return Policy(
-        userxattr=userxattr or not _may_read_trusted(),
-        redirect_dir=RedirectDir.FOLLOW,
-        metacopy=True,
-        whiteouts=whiteouts,
-        privileged=_is_privileged(upper),
-    )
+    try:
+        policy = replace(record.policy, metacopy=True, privileged=_is_privileged(record.upper))
+    except ValueError as error:
+        raise Refusal(path, f"mounted by another release of pyoverlay: {error}", remedy="use that release") from error
+    return Target(path, record.upper, record.lowers, policy, record.work, merged if mount.state is State.UP else None)
 
 
 def _require_directory(path: bytes) -> None:

@@ -1,0 +1,77 @@
+"""The mounts there are, and how each is: from the registry, from mountinfo and from what the daemons tell.
+
+No path of a mount is touched before its daemon has answered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from pyoverlay import mountinfo, registry
+from pyoverlay.report import asking
+
+OUR_TYPE = "fuse.pyoverlay"
+
+
+class State(Enum):
+    """How a mount is; the value is what a person reads."""
+
+    UP = "up"
+    SILENT = "not answering"  # its daemon runs, and hangs: so does whoever touches the mount
+    DEAD = "dead"  # its daemon has gone and left the mount behind: ENOTCONN for everybody
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A mount that is listed. told: what its daemon says, see daemon/control.py; empty where there was no answer."""
+
+    record: registry.Record
+    state: State
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mounts(*, records: list[registry.Record] | None = None) -> list[Mount]:
+    """The mounts this user may know of, oldest first: root all users', a user the own ones. records: of these alone.
+
+    Records of mounts that are gone are cleared away, unless they have a failure to report.
+    """
+    found = registry.records() if records is None else records
+    answers = asking.ask(record for record in found if record.is_alive)
+    here = {(mount.device, mount.point) for mount in mountinfo.mounts()}
+    listed = []
+    for record in found:
+        if record.is_alive:
+            told = answers.get(record.id)
+            listed.append(Mount(record, State.SILENT if told is None else State.UP, told or {}))
+        elif (record.device, record.merged) in here:
+            listed.append(Mount(record, State.DEAD))
+        elif record.failure is None:
+            registry.clear(record)
+    return listed
+
+
+def at(path: bytes) -> Mount | None:
+    """The mount whose mount point a path names, the topmost of several; None: no mount that is listed."""
+    for spelling in (_without_touching, os.path.realpath):
+        real = spelling(path)
+        found = mounts(records=[record for record in registry.records() if record.merged == real])
+        if found:
+            return found[-1]
+    return None
+
+
+def over(upper: bytes) -> Mount | None:
+    """The mount whose upper a path names; None: no mount that is listed."""
+    real = os.path.realpath(upper)
+    found = mounts(records=[record for record in registry.records() if record.upper == real])
+    return found[-1] if found else None
+
+
+def _without_touching(path: bytes) -> bytes:
+    """The real path of what a path names, unless that is a symlink: its last name is not looked at. A mount may hang."""
+    above, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(above), name)

@@ -1,0 +1,62 @@
+"""What Docker says of a container, and what pyoverlay says of the same layers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyoverlay.testing import make_tree
+from pyoverlay.testing.mounts import command
+from tests.interop.docker_diff import CASES, TREE, Case
+from tests.interop.engines import IMAGE, Docker
+
+pytestmark = [pytest.mark.root, pytest.mark.container, pytest.mark.timeout(180)]
+
+NAMES = {case.name: f"c{number:02}" for number, case in enumerate(CASES)}
+
+
+@dataclass(frozen=True)
+class Container:
+    """A running container in which every case was made, what Docker prints of it, and where its layers lie."""
+
+    lines: list[str]
+    upper: Path
+    lowers: str
+
+
+@pytest.fixture(scope="module")
+def container(shared_docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    docker = shared_docker.docker
+    context = tmp_path_factory.mktemp("context")
+    trees = context / "trees"
+    trees.mkdir()
+    for name in NAMES.values():
+        (trees / name).mkdir()
+        make_tree(trees / name, TREE)
+    subprocess.run(["tar", "-C", trees, "--numeric-owner", "-cf", context / "trees.tar", "."], check=True)
+    (context / "Dockerfile").write_text(f"FROM {IMAGE}\nADD trees.tar /\n")
+    docker("build", "-q", "--network=none", "-t", "cases", str(context))
+    docker("run", "-d", "--name", "cases", "--network=none", "cases", "sleep", "1000")
+    data = json.loads(docker("inspect", "cases", "--format", "{{json .GraphDriver.Data}}"))
+    for case in CASES:
+        case.change(Path(data["MergedDir"]) / NAMES[case.name])
+    yield Container(docker("diff", "cases").splitlines(), Path(data["UpperDir"]), data["LowerDir"])
+    shared_docker.remove_containers()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_docker_diff_prints_the_golden_lines(container: Container, case: Case) -> None:
+    name = NAMES[case.name]
+    lines = [line for line in container.lines if line[3:].split("/")[0] == name]
+    assert sorted(lines) == sorted(case.expected(name, can_move=False))
+
+
+def test_pyoverlay_diff_of_the_container_s_layers_prints_the_same_lines(container: Container) -> None:
+    argv = command("diff", "--lower", container.lowers, container.upper)
+    lines = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    assert sorted(lines) == sorted(container.lines)
