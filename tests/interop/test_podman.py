@@ -121,3 +121,23 @@ def test_podman_info_says_what_it_mounts_with(podman: Podman) -> None:
     described = podman.podman("info", "--format", '{{index .Store.GraphOptions "overlay.mount_program"}}')
     assert str(engines.MOUNT_PROGRAM) in described
     assert re.search(r"pyoverlay \d+\.\d+", described)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--uidmap", "0:1:1000"), ("--userns=keep-id",), ("--userns=auto",), ("--userns=nomap",), ("--uidmap", "0:0:1")],
+    ids=" ".join,
+)
+def test_ids_of_a_container_with_a_map_of_its_own(user_podman: Podman, options: tuple[str, ...]) -> None:
+    """podman hands the map to us instead of copying the image with other owners: what the image has of root is root's in the container."""
+    owned = "stat -c %u:%g / /bin /etc/passwd; touch /tmp/new; stat -c %u:%g /tmp/new"
+    shown = user_podman.podman("run", "--rm", "--user", "0", *options, IMAGE, "sh", "-c", owned)
+    assert shown.split() == ["0:0"] * 4
+
+
+@pytest.mark.parametrize("options", [("--uidmap", "0:1:1000"), ("--userns=keep-id",)], ids=" ".join)
+def test_ids_that_a_mapped_container_gives_are_the_image_s(user_podman: Podman, options: tuple[str, ...]) -> None:
+    """What is committed from it has the owners that its own users have."""
+    user_podman.podman("run", "--name", "c", "--user", "0", *options, IMAGE, "sh", "-c", "chown 7:8 /etc/passwd; stat -c %u:%g /etc/passwd")
+    user_podman.podman("commit", "-q", "c", "committed")
+    assert user_podman.podman("run", "--rm", "committed", "stat", "-c", "%u:%g", "/etc/passwd") == "7:8\n"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pyoverlay.core.policy import Fsync, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, RedirectDir, Whiteouts
 from pyoverlay.daemon.options import Options, escape, lowerdirs, parse, policy, split, with_directories
 from pyoverlay.errors import OptionRefused
 
@@ -140,6 +140,9 @@ def meaning(string: str) -> dict[str, object]:
         ("writeback=on,writeback=0", {}),
         ("squash_to_root", {"squash_uid": 0, "squash_gid": 0}),
         ("squash_to_uid=1000,squash_to_gid=100", {"squash_uid": 1000, "squash_gid": 100}),
+        ("uidmapping=:0:1:1000", {"uid_map": (IdRange(0, 1, 1000),)}),
+        ("gidmapping=0:1:1001:1001:0:1", {"gid_map": (IdRange(0, 1, 1001), IdRange(1001, 0, 1))}),
+        ("uidmapping=0:4294967294:1", {"uid_map": (IdRange(0, 4294967294, 1),)}),
         ("stop_timeout=2.5", {"stop_timeout": 2.5}),
     ],
 )
@@ -175,7 +178,7 @@ def test_what_was_given_is_kept_for_people() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["index=on", "metacopy=on", "uidmapping=0:1:2", "gidmapping=:0:1:1000:1000:0:1", "xattr_permissions=1", "xattr_permissions=2",
+    ["index=on", "metacopy=on", "xattr_permissions=1", "xattr_permissions=2",
      "noacl", "noxattrs", "timeout=5", "uuid=on", "verity=require", "nfs_export=on", "remount"],
 )  # fmt: skip
 def test_what_is_not_there_yet_is_refused_and_not_swallowed(option: str) -> None:
@@ -194,12 +197,24 @@ def test_an_unknown_option_is_refused_by_name(option: str) -> None:
 @pytest.mark.parametrize(
     "option",
     ["redirect_dir=maybe", "fsync=2", "whiteouts=", "squash_to_uid=-1", "squash_to_uid=4294967295", "squash_to_gid=0x1",
-     "stop_timeout=soon", "stop_timeout=-1", "xino=perhaps", "uidmapping=0:1", "gidmapping=a:b:c", "subtype=a b"],
+     "stop_timeout=soon", "stop_timeout=-1", "xino=perhaps", "uidmapping=0:1", "gidmapping=a:b:c", "gidmapping=",
+     "gidmapping=:", "subtype=a b"],
 )  # fmt: skip
 def test_an_unknown_value_is_refused_with_what_there_is(option: str) -> None:
     message = refusal(LAYERS, option)
     assert message.startswith(f"-o {option}: ")
     assert "one of" in message or "wants" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("uidmapping=0:0:0", "empty"), ("uidmapping=0:1:4294967295", "past the last id"), ("gidmapping=4294967295:0:1", "past the last id"),
+     ("uidmapping=0:5:2:1:9:1", "overlap"), ("gidmapping=0:5:2:9:6:1", "overlap")],
+)  # fmt: skip
+def test_a_map_that_no_id_could_be_read_from_is_refused(option: str, reason: str) -> None:
+    message = refusal(LAYERS, option)
+    assert message.startswith(f"-o {option}: ")
+    assert reason in message
 
 
 @pytest.mark.parametrize("option", ["upperdir", "workdir", "fsname", "redirect_dir", "lowerdir", "lowerdir+"])

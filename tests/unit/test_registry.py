@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyoverlay import registry
-from pyoverlay.core.policy import Policy, RedirectDir, Whiteouts
+from pyoverlay.core.policy import IdRange, Policy, RedirectDir, Whiteouts
 from pyoverlay.registry import Record
 
 
@@ -162,7 +162,8 @@ def test_a_stale_record_goes_with_its_socket(directory: Path) -> None:
 
 
 def test_the_policy_of_a_mount_is_read_back(directory: Path) -> None:
-    policy = Policy(userxattr=True, redirect_dir=RedirectDir.FOLLOW, whiteouts=Whiteouts.KERNEL, squash_uid=7)
+    ids = (IdRange(0, 1, 1000),)
+    policy = Policy(userxattr=True, redirect_dir=RedirectDir.FOLLOW, whiteouts=Whiteouts.KERNEL, squash_uid=7, gid_map=ids)
     new = written(of_this_process(features={**policy.plain(), "extension": True}))
     (read,) = registry.records()
     assert (read, read.policy) == (new, policy)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import CAPABILITY
+from pyoverlay.core.owners import ACLS
 from pyoverlay.core.view import View, failure
 
 
@@ -28,7 +29,11 @@ class Wanted:
 
 
 def setattr(view: View, inode: Inode, wanted: Wanted) -> os.stat_result:
-    """chmod, chown, truncate and utimensat at once, in the order in which none undoes another: chown clears suid, truncation sets mtime."""
+    """chmod, chown, truncate and utimensat at once, in the order in which none undoes another: chown clears suid, truncation sets mtime.
+
+    EOVERFLOW, EACCES: the object belongs to nobody (`owners`), and this does not give it to somebody.
+    """
+    _require_owner(view, inode, wanted)
     upper = view.upper
     upper.is_dirty = True
     if wanted.size is not None:
@@ -43,10 +48,18 @@ def setattr(view: View, inode: Inode, wanted: Wanted) -> os.stat_result:
     return view.stat(inode)
 
 
+def _require_owner(view: View, inode: Inode, wanted: Wanted) -> None:
+    if wanted.uid is None or wanted.gid is None:
+        view.require_owner(inode, errno.EOVERFLOW if (wanted.mode, wanted.uid, wanted.gid) != (None, None, None) else errno.EACCES)
+
+
 def setxattr(view: View, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
     """setxattr(2). What the caller calls like one of our marks is kept one level deeper, where it means nothing."""
     upper = view.upper
     _refuse_unreadable(inode, name)
+    view.require_owner(inode, errno.EPERM)
+    if name in ACLS:
+        value = view.owners.stored_acl(value)
     _, dirfd, at = view.place(inode)
     upper.is_dirty = True
     _acl_may_change(inode)
@@ -56,6 +69,7 @@ def setxattr(view: View, inode: Inode, name: bytes, value: bytes, flags: int = 0
 def removexattr(view: View, inode: Inode, name: bytes) -> None:
     """removexattr(2)."""
     upper = view.upper
+    view.require_owner(inode, errno.EPERM)
     _, dirfd, at = view.place(inode)
     upper.is_dirty = True
     _acl_may_change(inode)

@@ -61,7 +61,7 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
     """
     if parent.is_orphan:
         raise failure(errno.ENOENT)
-    copy_up_directory(view, parent)
+    open_for_change(view, parent)
     upper = view.upper
     upper.is_dirty = True
     with upper.as_caller(*caller):
@@ -102,8 +102,9 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
     """Another name for an object of the upper. EPERM for a directory."""
     if isinstance(inode, Directory):
         raise failure(errno.EPERM)
+    view.require_owner(inode)
     _require_absent(view, parent, name)
-    copy_up_directory(view, parent)
+    open_for_change(view, parent)
     upper = view.upper
     upper.is_dirty = True
     if inode.has_origin:
@@ -131,7 +132,7 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
         raise failure(errno.EISDIR)
     hides = has_lower(view, parent, name)
     is_upper = in_upper(view, parent, name)
-    copy_up_directory(view, parent)
+    open_for_change(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     if is_upper:
@@ -152,7 +153,7 @@ def rmdir(view: View, parent: Directory, name: bytes) -> Directory:
     if len(view.listing(directory)):
         raise failure(errno.ENOTEMPTY)
     hides = has_lower(view, parent, name)
-    copy_up_directory(view, parent)
+    open_for_change(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     if directory.in_upper:
@@ -180,6 +181,12 @@ def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes) -> None:
 
 
 # -- steps shared with rename
+
+
+def open_for_change(view: View, parent: Directory) -> None:
+    """Before an entry comes or goes: the directory is in the upper. EOVERFLOW: it belongs to nobody (`owners`)."""
+    view.require_owner(parent)
+    copy_up_directory(view, parent)
 
 
 def in_upper(view: View, parent: Directory, name: bytes) -> bool:
@@ -289,6 +296,7 @@ def _require(view: View, parent: Directory, name: bytes) -> Inode:
     found = view.lookup(parent, name)
     if found is None:
         raise failure(errno.ENOENT)
+    view.require_owner(found[0])
     return found[0]
 
 
@@ -328,7 +336,7 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
     whether it is opaque.
     """
     _require_absent(view, parent, name)
-    copy_up_directory(view, parent)
+    open_for_change(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     try:

@@ -65,8 +65,9 @@ def copy_up(view: View, inode: Inode, size: int | None = None) -> bool:
 
 @contextmanager
 def prepare(view: View, inode: Inode, size: int | None = None) -> Iterator[Copy]:
-    """Copy up the directories above, and make the copy in the work directory, without data."""
+    """Copy up the directories above, and make the copy in the work directory, without data. EOVERFLOW: it belongs to nobody (`owners`)."""
     upper = view.upper
+    view.require_owner(inode)
     if inode.parent is not None:
         copy_up_directory(view, inode.parent)
     st = view.stat(inode)

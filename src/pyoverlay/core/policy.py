@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class RedirectDir(Enum):
@@ -41,6 +41,14 @@ class Fsync(Enum):
     VOLATILE = "volatile"  # never
 
 
+class IdRange(NamedTuple):
+    """`length` ids, from `stored` on in the layers, from `shown` on in the merged view."""
+
+    stored: int
+    shown: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The choices of one mount.
@@ -48,6 +56,7 @@ class Policy:
     userxattr: marks are `user.overlay.*` instead of `trusted.overlay.*`; redirect and metacopy marks are then never followed.
     read_only: there is no upper.
     privileged: the process has the capabilities a mount of the initial user namespace gives (layers are cloned, owners are set).
+    uid_map, gid_map: ranges that do not overlap, on neither side; none: ids are kept.
     squash_uid, squash_gid: every object belongs to this id in the merged view; None: ids are kept.
     """
 
@@ -60,11 +69,12 @@ class Policy:
     privileged: bool = True
     squash_uid: int | None = None
     squash_gid: int | None = None
+    uid_map: tuple[IdRange, ...] = ()
+    gid_map: tuple[IdRange, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """The choices as JSON can hold them, for `from_plain`."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value.value if isinstance(value, Enum) else value for name, value in values}
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Policy:
@@ -76,5 +86,18 @@ class Policy:
         for field in fields(cls):
             if field.name in plain:
                 value = plain[field.name]
-                chosen[field.name] = type(field.default)(value) if isinstance(field.default, Enum) else value
+                chosen[field.name] = _chosen(field.default, value)
         return cls(**chosen)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return [list(ids) for ids in value] if isinstance(value, tuple) else value
+
+
+def _chosen(default: Any, value: Any) -> Any:
+    """A field's value from JSON: by its default it is known what it is."""
+    if isinstance(default, Enum):
+        return type(default)(value)
+    return tuple(IdRange(*triple) for triple in value) if default == () else value

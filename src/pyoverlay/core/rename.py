@@ -35,7 +35,7 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     """rename(2) and renameat2(2) in the merged view.
 
     Files must have been copied up (`copyup`), or are copied up here, data and all. EXDEV: a directory of a lower, without redirects.
-    EINVAL: RENAME_WHITEOUT, as ovl_rename answers.
+    EINVAL: RENAME_WHITEOUT, as ovl_rename answers. EOVERFLOW: something of it belongs to nobody (`owners`).
     """
     if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
         raise failure(errno.EINVAL)
@@ -43,6 +43,9 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     if old.inode is None:
         raise failure(errno.ENOENT)
     is_exchange = bool(flags & RENAME_EXCHANGE)
+    for inode in (old_parent, new_parent, old.inode, new.inode):
+        if inode is not None:
+            view.require_owner(inode)
     _check(view, old.inode, new, flags)
     if old.inode is new.inode and not isinstance(old.inode, Directory):
         return  # two links of one file: rename(2) does nothing

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import ROOT_INO, Directory, Inode, InodeTable, Key, Listing, key_of
 from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, readable_dir
+from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class View:
     ) -> None:
         self.lowers = lowers
         self.policy = policy
+        self.owners = Owners(policy)
         self.cache = cache
         self.table = InodeTable()
         self.after_open: Callable[[Inode], None] | None = None  # told of each data descriptor that appears or starts to write
@@ -201,8 +203,8 @@ class View:
     def data_fd(self, inode: Inode, *, write: bool = False) -> int:
         """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none.
 
-        EPERM: the data lies elsewhere (metacopy), which is not followed here; the kernel answers so with metacopy=off. What this file
-        itself holds is a hole.
+        EACCES: for writing, of what belongs to nobody (`owners`). EPERM: the data lies elsewhere (metacopy), which is not followed here;
+        the kernel answers so with metacopy=off. What this file itself holds is a hole.
         """
         if inode.fd >= 0 and (inode.is_writable or not write):
             inode.is_recent = True
@@ -215,6 +217,7 @@ class View:
         elif not inode.in_upper:
             raise failure(errno.EROFS)
         else:
+            self.require_owner(inode, errno.EACCES)
             fd = self.upper.open_write(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDWR)
         if layer.is_metacopy(fd):
             os.close(fd)
@@ -247,6 +250,11 @@ class View:
             raise failure(errno.ESTALE)
         return st
 
+    def require_owner(self, inode: Inode, code: int = errno.EOVERFLOW) -> None:
+        """Fail with that errno, before anything is changed, for an object whose owner or group has no counterpart in the view."""
+        if self.owners.are_mapped and not self.owners.are_known(self.stat(inode)):
+            raise failure(code)
+
     def nlink(self, inode: Inode, st: os.stat_result) -> int:
         """A directory with several halves has one link, as the kernel's overlay says too: the true count would cost a scan, and
         `find` trusts 1.
@@ -266,7 +274,8 @@ class View:
         EOPNOTSUPP.
         """
         layer, dirfd, at = self.place(inode)
-        return layer.read_xattr(dirfd, at, marks.escape_xattr(name, layer.mark_prefix))
+        value = layer.read_xattr(dirfd, at, marks.escape_xattr(name, layer.mark_prefix))
+        return self.owners.shown_acl(value) if name in ACLS else value
 
     def listxattr(self, inode: Inode) -> list[bytes]:
         """The names of an object's attributes, all but the marks."""

@@ -12,9 +12,10 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, Policy, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, Policy, RedirectDir, Whiteouts
 from pyoverlay.errors import OptionRefused
 
 MAX_LOWERS = 4096
@@ -50,6 +51,8 @@ class Options:
     writeback: bool = False
     squash_uid: int | None = None
     squash_gid: int | None = None
+    uid_map: tuple[IdRange, ...] = ()
+    gid_map: tuple[IdRange, ...] = ()
     stop_timeout: float = DEFAULT_STOP_TIMEOUT
     given: tuple[str, ...] = ()
 
@@ -96,6 +99,8 @@ def policy(options: Options, *, privileged: bool) -> Policy:
         privileged=privileged,
         squash_uid=options.squash_uid,
         squash_gid=options.squash_gid,
+        uid_map=options.uid_map,
+        gid_map=options.gid_map,
     )
 
 
@@ -229,12 +234,31 @@ def _timeout(name: str, value: str) -> dict[str, Any]:
     return {}
 
 
-def _id_mapping(name: str, value: str) -> dict[str, Any]:
-    """`[:]CONTAINER:HOST:LENGTH[:…]`, as containers/storage sends it."""
-    numbers = value.removeprefix(":").split(":")
-    if len(numbers) % 3 or not all(re.fullmatch(r"[0-9]{1,10}", number) for number in numbers):
-        raise OptionRefused(f"{name}={value}", "wants CONTAINER:HOST:LENGTH triples of numbers")
-    raise OptionRefused(name, "not implemented: ids are kept as the layers have them; squash_to_uid= and squash_to_gid= are there")
+_IDS = 0xFFFFFFFF  # the last of them, -1, is nobody's
+
+
+def _id_map(field: str) -> Meaning:
+    """`[:]CONTAINER:HOST:LENGTH[:…]`, as containers/storage sends it: in the layers ids are the container's, in the view the host's."""
+
+    def meaning(name: str, value: str) -> dict[str, Any]:
+        numbers = value.removeprefix(":").split(":")
+        if len(numbers) % 3 or not all(re.fullmatch(r"[0-9]{1,10}", number) for number in numbers):
+            raise OptionRefused(f"{name}={value}", "wants CONTAINER:HOST:LENGTH triples of numbers")
+        triples = zip(*[map(int, numbers)] * 3, strict=True)
+        ranges = tuple(IdRange(*triple) for triple in triples)
+        if any(not length or max(stored, shown) + length > _IDS for stored, shown, length in ranges):
+            raise OptionRefused(f"{name}={value}", f"a range is empty, or goes past the last id, {_IDS - 1}")
+        if _overlap((stored, length) for stored, _, length in ranges) or _overlap((shown, length) for _, shown, length in ranges):
+            raise OptionRefused(f"{name}={value}", "ranges overlap: an id would have two counterparts")
+        return {field: ranges}
+
+    return meaning
+
+
+def _overlap(ranges: Iterable[tuple[int, int]]) -> bool:
+    """Do any two of these (first, length) have an id in common?"""
+    ordered = sorted(ranges)
+    return any(first + length > second for (first, length), (second, _) in pairwise(ordered))
 
 
 def _text(field: str) -> Meaning:
@@ -267,8 +291,8 @@ _VALUES: dict[str, Meaning] = {
     "squash_to_gid": _number("squash_gid"),
     "stop_timeout": lambda name, value: {"stop_timeout": _seconds(name, value)},
     "timeout": _timeout,
-    "uidmapping": _id_mapping,
-    "gidmapping": _id_mapping,
+    "uidmapping": _id_map("uid_map"),
+    "gidmapping": _id_map("gid_map"),
     # Inode numbers are unique and lasting without it, whatever it says.
     "xino": _only(("on", "off", "auto"), (), ""),
     "uuid": _only(("off", "null", "auto"), ("on",), "the upper keeps no identity of its own"),

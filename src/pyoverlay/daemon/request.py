@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, RedirectDir, Whiteouts
 from pyoverlay.daemon.options import Options
 
 
@@ -70,6 +70,8 @@ def _field(name: str, value: Any) -> Any:
         return os.fsencode(value)
     if name == "lowers":
         return tuple(map(os.fsencode, value))
+    if name in ("uid_map", "gid_map"):
+        return tuple(IdRange(*triple) for triple in value)
     if name == "given":
         return tuple(value)
     return _ENUMS[name](value) if name in _ENUMS else value

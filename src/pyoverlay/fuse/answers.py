@@ -46,17 +46,15 @@ class Answers:
         self.view = view
         self.copying: Mapping[Inode, object] = {}
         self.shows_writeback = False
-        policy = view.policy
-        self.squash = (policy.squash_uid, policy.squash_gid) if (policy.squash_uid, policy.squash_gid) != (None, None) else None
+        self.owners = None if view.owners.are_kept else view.owners
 
     def shown(self, inode: Inode, st: os.stat_result) -> Shown:
         uid, gid, blocks = st.st_uid, st.st_gid, st.st_blocks
         if not blocks and (st.st_size or self.shows_writeback) and inode.is_regular:
             # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
             blocks = 1
-        if self.squash is not None:
-            uid = uid if self.squash[0] is None else self.squash[0]
-            gid = gid if self.squash[1] is None else self.squash[1]
+        if self.owners is not None:
+            uid, gid = self.owners.shown(st)
         return inode.ino, st, self.view.nlink(inode, st), uid, gid, blocks
 
     def _looked_up(self, inode: Inode, st: os.stat_result) -> Shown:
@@ -65,9 +63,13 @@ class Answers:
         return self.shown(inode, st)
 
     def caller(self, uid: int, gid: int, umask: int) -> Caller:
-        if self.squash is not None:
-            return Caller(os.geteuid(), os.getegid(), umask)
+        if self.owners is not None:
+            uid, gid = self.owners.maker(uid, gid)
         return Caller(uid, gid, umask)
+
+    def owner(self, uid: int | None, gid: int | None) -> tuple[int | None, int | None]:
+        """The owner that a setattr wants, as the layers have it; None: none is wanted. EOVERFLOW: they have no id for it."""
+        return (uid, gid) if self.owners is None else self.owners.stored(uid, gid)
 
     # -- copy-up
 

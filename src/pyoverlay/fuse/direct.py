@@ -62,10 +62,11 @@ def functions(answers: Answers) -> dict[int, Direct]:
         ino: int, valid: int, mode: int, uid: int, gid: int, size: int, atime: int, atime_ns: int, mtime: int, mtime_ns: int
     ) -> Shown:
         now = time.time_ns()  # one for both times
+        owner = answers.owner(uid if valid & _UID else None, gid if valid & _GID else None)
         wanted = Wanted(
             mode=mode if valid & _MODE else None,
-            uid=uid if valid & _UID else None,
-            gid=gid if valid & _GID else None,
+            uid=owner[0],
+            gid=owner[1],
             size=size if valid & _SIZE else None,
             atime_ns=now if valid & _ATIME_NOW else atime * SECOND + atime_ns if valid & _ATIME else None,
             mtime_ns=now if valid & _MTIME_NOW else mtime * SECOND + mtime_ns if valid & _MTIME else None,

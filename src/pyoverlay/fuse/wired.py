@@ -63,7 +63,7 @@ class WiredAnswers(Answers):
             self.view.upper.is_dirty = True
         # With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks.
         owns_attributes = (
-            inode.is_writable and not inode.lower_links and self.squash is None and not self.shows_writeback and not inode.kept_name
+            inode.is_writable and not inode.lower_links and self.owners is None and not self.shows_writeback and not inode.kept_name
         )
         self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
 
