@@ -1,17 +1,29 @@
-"""Every operation, failing at each of the calls that change the upper: the caller gets that error, the merged tree is the old one, and
-with the cause gone the same operation works. tests/crash kills at each of these calls.
+"""Every operation, failing at each system call: the caller gets that error, the merged tree is the old one, nothing is left behind, and
+with the cause gone the same operation works. tests/crash kills at each of the calls that change something.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 
+from pyoverlay.core import attributes, change, copyup, layer, rename, view
 from tests.crash.cases import BELOW, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import Faulty, Stack, timeless
+
+CHANGING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EROFS)
+READING_ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE)
+
+
+def failure(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
 def prepared(stack: StackFactory, case: Case, limit: int | None) -> Stack:
@@ -27,33 +39,118 @@ def calls_of(stack: StackFactory, case: Case) -> int:
     return counted.count
 
 
+def fail_changing(stack: StackFactory, case: Case, at: int, code: int, limit: int | None = None) -> None:
+    one = prepared(stack, case, limit)
+    before, calls, descriptors = one.disk_tree(), one.merged.view.upper.calls, open_descriptors(one)
+    one.merged.view.upper.calls = Faulty(at, failure(code))
+    try:
+        case.act(one.merged)
+    except OSError as error:
+        assert error.errno == code
+        changed = False
+    else:
+        changed = True  # the call served nothing that the caller asked for
+    one.merged.view.upper.calls = calls
+    after = one.disk_tree()
+    if not changed:
+        assert after == before
+        assert timeless(one.merged.tree()) == before, "the live view"
+        assert one.work_names() == []
+        assert open_descriptors(one) == descriptors
+        case.act(one.merged)  # with space again
+        after = one.disk_tree()
+    assert timeless(one.merged.tree()) == after, "the live view of the new state"
+    # Something that could not be removed is tried again later, at the latest when the mount ends.
+    assert one.work_names() == one.litter()
+    one.close()
+    assert os.listdir(one.work / "work") == [], "after the mount"
+
+
+def open_descriptors(one: Stack) -> int:
+    """How many there are besides those that the cache would close by itself."""
+    one.merged.view.cache.close_all()
+    return len(os.listdir("/proc/self/fd"))
+
+
 @pytest.mark.parametrize("limit", [None, 4], ids=["descriptors kept", "four descriptors"])
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_a_failing_call_leaves_the_tree_as_it_was(stack: StackFactory, name: str, limit: int | None) -> None:
+def test_a_failing_change_leaves_the_tree_as_it_was(stack: StackFactory, name: str, limit: int | None) -> None:
+    """Each call with one error, each error at many calls; all of them with --slow."""
     case = RUNNABLE[name]
-    number = calls_of(stack, case)
-    assert number > 0
-    for at in range(1, number + 1):
-        one = prepared(stack, case, limit)
-        before, calls = one.disk_tree(), one.merged.view.upper.calls
-        one.merged.view.upper.calls = Faulty(at, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    for at in range(1, calls_of(stack, case) + 1):
+        fail_changing(stack, case, at, CHANGING_ERRORS[at % len(CHANGING_ERRORS)], limit)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", CHANGING_ERRORS, ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_change_that_fails_with_any_error_leaves_the_tree_as_it_was(stack: StackFactory, name: str, code: int) -> None:
+    case = RUNNABLE[name]
+    for at in range(1, calls_of(stack, case) + 1):
+        fail_changing(stack, case, at, code)
+
+
+class FaultyReading:
+    """Stands for the module `os` where the core reads layers: counts its calls, and fails the one of number `at`."""
+
+    NAMES = ("stat", "fstat", "open", "readlink", "getxattr", "listxattr", "scandir", "dup", "pread", "lseek")
+
+    def __init__(self, at: int, code: int) -> None:
+        self.made: list[str] = []
+        self.at = at
+        self.code = code
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(os, name)
+        return partial(self._call, name, value) if name in self.NAMES else value
+
+    def _call(self, name: str, call: Callable[..., object], *arguments: object, **named: object) -> object:
+        self.made.append(name)
+        if len(self.made) == self.at:
+            raise failure(self.code)
+        return call(*arguments, **named)
+
+
+@contextmanager
+def reading(at: int, code: int) -> Iterator[FaultyReading]:
+    faulty = FaultyReading(at, code)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (attributes, change, copyup, layer, rename, view):
+            patch.setattr(module, "os", faulty)
+        yield faulty
+
+
+LATE = ("chmod", "chown", "utime", "truncate", "growth", "emptying")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stride", [pytest.param(4, id="every fourth"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_failing_read_leaves_the_tree_as_it_was(stack: StackFactory, name: str, stride: int) -> None:
+    case = RUNNABLE[name]
+    one = prepared(stack, case, None)
+    with reading(0, 0) as counted:
+        case.act(one.merged)
+    for at in range(len(counted.made), 0, -stride):
+        call = counted.made[at - 1]
+        code = READING_ERRORS[at % len(READING_ERRORS)]
+        one = prepared(stack, case, None)
+        before, descriptors = one.disk_tree(), open_descriptors(one)
         try:
-            case.act(one.merged)
+            with reading(at, code):
+                case.act(one.merged)
         except OSError as error:
-            assert error.errno == errno.ENOSPC
-            changed = False
-        else:
-            changed = True  # the call served nothing that the caller asked for
-        one.merged.view.upper.calls = calls
-        after = one.disk_tree()
-        if not changed:
-            assert after == before, f"call {at} of {number}"
-            assert timeless(one.merged.tree()) == before, f"call {at} of {number}: the live view"
-            assert one.work_names() == [], f"call {at} of {number}"
-            case.act(one.merged)  # with space again
+            assert error.errno == code
             after = one.disk_tree()
-        assert timeless(one.merged.tree()) == after, f"call {at} of {number}: the live view of the new state"
-        # Something that could not be removed is tried again later, at the latest when the mount ends.
-        assert one.work_names() == one.litter(), f"call {at} of {number}, after the operation"
+            assert timeless(one.merged.tree()) == after, f"{call}, {at} of {counted.made}: the live view"
+            if after == before:
+                assert open_descriptors(one) == descriptors
+                case.act(one.merged)
+            else:
+                # It is done, and only what the answer says of it could not be read. Making a name is taken back then.
+                assert name.startswith(LATE), f"{call}, {at} of {counted.made}"
+                assert at == len(counted.made)
+        assert timeless(one.merged.tree()) == one.disk_tree(), f"{call}, {at} of {counted.made}: the live view of the new state"
+        assert one.work_names() == one.litter() == [], f"{call}, {at} of {counted.made}"
         one.close()
-        assert os.listdir(one.work / "work") == [], f"call {at} of {number}, after the mount"

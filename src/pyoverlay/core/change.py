@@ -11,12 +11,14 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
+from pyoverlay.core.calls import remove_tree
 from pyoverlay.core.copyup import copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
-from pyoverlay.core.layer import Upper
+from pyoverlay.core.layer import Upper, tolerated
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.view import View, failure
 
@@ -45,8 +47,7 @@ def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller
 
     try:
         _add(view, parent, name, caller, build)
-        st = os.fstat(opened)
-        inode = view.adopt(parent, name, st)
+        inode, st = _adopted(view, parent, name, opened)
         view.set_data_fd(inode, opened, is_writable=True)
         opened = -1
     finally:
@@ -119,10 +120,12 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
         upper.calls.link(from_dirfd, from_name, upper.work_fd, temporary)
         with discarded_on_failure(upper, temporary):
             upper.calls.rename(upper.work_fd, temporary, dirfd, name)
+    with _taken_back_on_failure(view, parent, name):
+        st = view.stat(inode)
     inode.add_name(parent, name)
     if parent.listing is not None:
         parent.listing.add(name)
-    return view.stat(inode)
+    return st
 
 
 def unlink(view: View, parent: Directory, name: bytes) -> Inode:
@@ -135,12 +138,11 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
     open_for_change(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
-    if is_upper:
-        keep_alive(view, inode, parent, name)
-    if hides:
-        put_whiteout(view, parent, name, over=is_upper)
-    else:
-        upper.calls.unlink(name, dirfd)
+    with kept_alive(view, inode, parent, name, is_upper=is_upper):
+        if hides:
+            put_whiteout(view, parent, name, over=is_upper)
+        else:
+            upper.calls.unlink(name, dirfd)
     dropped(view, inode, parent, name, was_lower_name=not is_upper)
     return inode
 
@@ -156,14 +158,13 @@ def rmdir(view: View, parent: Directory, name: bytes) -> Directory:
     open_for_change(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
-    if directory.in_upper:
-        keep_alive(view, directory, parent, name)
-        if hides:
+    with kept_alive(view, directory, parent, name, is_upper=directory.in_upper):
+        if not directory.in_upper:
+            put_whiteout(view, parent, name, over=False)
+        elif hides:
             exchange_for_whiteout(view, parent, name)
         else:
             _remove_upper_directory(upper, dirfd, name)
-    else:
-        put_whiteout(view, parent, name, over=False)
     dropped(view, directory, parent, name, was_lower_name=False)
     return directory
 
@@ -235,27 +236,53 @@ def exchange_for_whiteout(view: View, parent: Directory, name: bytes) -> None:
     upper.discard(temporary)
 
 
-def keep_alive(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
-    """Before an upper object loses the last name we know: hold it, so that its number is not given to another while the kernel knows it.
+@contextmanager
+def kept_alive(view: View, inode: Inode, parent: Directory, name: bytes, *, is_upper: bool) -> Iterator[None]:
+    """Around the call that takes away a name, of the upper if is_upper. Before an upper object loses the last one that we know, it is
+    held, so that its number is not given to another while the kernel knows it; if the call fails it is let go again.
 
     Of a lower object with several names, those that the upper does not have yet lead to the copy as well. It must not come to have no
     link at all, since then nothing could give them one (linkat(2)): so it gets a name in the work directory, for as long as we are mounted.
     """
-    if any(other != (parent, name) for other in inode.names()):
-        return
+    let_go = _hold(view, inode, parent, name) if is_upper else None
+    try:
+        yield
+    except OSError:
+        if let_go is not None:
+            let_go()
+        raise
+
+
+def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> Callable[[], None] | None:
+    """See kept_alive. Returns what undoes it."""
+    upper = view.upper
+    if any(other != (parent, name) for other in inode.names()) or (inode.lower_links > 0 and inode.kept_name):
+        return None
     if inode.lower_links > 0:
-        if not inode.kept_name:
-            kept = view.upper.temporary()
-            view.upper.calls.link(view.upper_fd(parent), name, view.upper.work_fd, kept)
-            inode.kept_name = kept
-        return
-    if not inode.nlookup:
-        return
-    if isinstance(inode, Directory):
+        kept = upper.temporary()
+        upper.calls.link(view.upper_fd(parent), name, upper.work_fd, kept)
+        inode.kept_name = kept
+    elif not inode.nlookup:
+        return None
+    elif isinstance(inode, Directory):
         view.upper_fd(inode)
         inode.pins += 1
     elif inode.pin < 0:
-        inode.pin = view.upper.pin(view.upper_fd(parent), name)
+        inode.pin = upper.pin(view.upper_fd(parent), name)
+    else:
+        return None
+    return partial(_let_go, upper, inode)
+
+
+def _let_go(upper: Upper, inode: Inode) -> None:
+    if inode.kept_name:
+        upper.discard(inode.kept_name)
+        inode.kept_name = b""
+    elif isinstance(inode, Directory):
+        inode.pins -= 1
+    else:
+        os.close(inode.pin)
+        inode.pin = -1
 
 
 def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_lower_name: bool) -> None:
@@ -316,11 +343,27 @@ def has_visible_lower(view: View, parent: Directory, name: bytes) -> bool:
     return view.find_lower(parent, name) is not None
 
 
-def _adopted(view: View, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result]:
-    st = view.upper.stat(view.upper_fd(parent), name)
-    if st is None:
-        raise failure(errno.ESTALE)
+def _adopted(view: View, parent: Directory, name: bytes, fd: int = -1) -> tuple[Inode, os.stat_result]:
+    """Take note of what was just made. fd: where it is open."""
+    with _taken_back_on_failure(view, parent, name):
+        st = os.fstat(fd) if fd >= 0 else view.upper.stat(view.upper_fd(parent), name)
+        if st is None:
+            raise failure(errno.ESTALE)
     return view.adopt(parent, name, st), st
+
+
+@contextmanager
+def _taken_back_on_failure(view: View, parent: Directory, name: bytes) -> Iterator[None]:
+    """What was made under a name goes again if it cannot be looked at: its caller is told that there is nothing."""
+    try:
+        yield
+    except OSError:
+        with tolerated("a name that could not be looked at stays in the upper"):
+            if has_lower(view, parent, name):
+                exchange_for_whiteout(view, parent, name)
+            else:
+                remove_tree(view.upper.calls, view.upper_fd(parent), name)
+        raise
 
 
 def _require_whiteout(view: View, parent: Directory, name: bytes) -> None:

@@ -524,7 +524,17 @@ def readable_dir(dirfd: int) -> int:
 
 
 def _require_regular(fd: int) -> int:
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
-    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    with closed_on_failure(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return fd
+
+
+@contextmanager
+def closed_on_failure(fd: int) -> Iterator[None]:
+    """A descriptor that is not to be had after all."""
+    try:
+        yield
+    except OSError:
+        os.close(fd)
+        raise

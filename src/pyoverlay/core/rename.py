@@ -12,7 +12,7 @@ import os
 from typing import NamedTuple
 
 from pyoverlay.core import marks
-from pyoverlay.core.change import exchange_for_whiteout, has_lower, in_upper, keep_alive, lower_name_gone, put_whiteout, ready_for_whiteouts
+from pyoverlay.core.change import exchange_for_whiteout, has_lower, in_upper, kept_alive, lower_name_gone, put_whiteout, ready_for_whiteouts
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
@@ -153,13 +153,20 @@ def path_in_lowers(directory: Directory) -> bytes:
 
 def _replace(view: View, old: Entry, new: Entry) -> None:
     """Move over whatever the upper has under the new name, leaving a whiteout under the old one if a lower has that."""
-    upper = view.upper
     leaves_whiteout = has_lower(view, old.parent, old.name)
     is_upper = new.inode is not None and in_upper(view, new.parent, new.name)
-    if new.inode is not None and is_upper:
-        if isinstance(new.inode, Directory):
-            _empty(view, new.inode, new)
-        keep_alive(view, new.inode, new.parent, new.name)
+    if new.inode is None:
+        _move(view, old, new, leaves_whiteout=leaves_whiteout, is_upper=False)
+        return
+    if is_upper and isinstance(new.inode, Directory):
+        _empty(view, new.inode, new)
+    with kept_alive(view, new.inode, new.parent, new.name, is_upper=is_upper):
+        _move(view, old, new, leaves_whiteout=leaves_whiteout, is_upper=is_upper)
+    _replaced(view, new.inode, new, was_lower_name=not is_upper)
+
+
+def _move(view: View, old: Entry, new: Entry, *, leaves_whiteout: bool, is_upper: bool) -> None:
+    upper = view.upper
     from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
     over_whiteout = not is_upper and upper.stat(to_fd, new.name) is not None
     if leaves_whiteout and not upper.can_make_devices():
@@ -171,8 +178,6 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
                 upper.calls.unlink(old.name, from_fd)
     else:
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_WHITEOUT if leaves_whiteout else 0)
-    if new.inode is not None:
-        _replaced(view, new.inode, new, was_lower_name=not is_upper)
 
 
 def _replace_leaving_file(view: View, old: Entry, new: Entry, *, is_upper: bool, over_whiteout: bool) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import ROOT_INO, Directory, Inode, InodeTable, Key, Listing, key_of
-from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, readable_dir
+from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, closed_on_failure, readable_dir
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy
 
@@ -219,9 +219,9 @@ class View:
         else:
             self.require_owner(inode, errno.EACCES)
             fd = self.upper.open_write(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDWR)
-        if layer.is_metacopy(fd):
-            os.close(fd)
-            raise failure(errno.EPERM)
+        with closed_on_failure(fd):
+            if layer.is_metacopy(fd):
+                raise failure(errno.EPERM)
         return self.set_data_fd(inode, fd, is_writable=write)
 
     def set_data_fd(self, inode: Inode, fd: int, *, is_writable: bool) -> int:
