@@ -257,6 +257,7 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
         ("pyoverlay.core", {"trio", "pyfuse3", "click"}),
         ("pyoverlay.cli", {"trio", "pyfuse3"}),
         ("pyoverlay.cli.export", {"trio", "pyfuse3"}),
+        ("pyoverlay.cli.import_", {"trio", "pyfuse3"}),
         ("pyoverlay.daemon.mount_program", {"trio", "pyfuse3", "click"}),
         ("pyoverlay.registry", {"trio", "pyfuse3", "click"}),
         ("pyoverlay.fuse.session", {"click"}),

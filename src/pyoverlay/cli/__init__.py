@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused (one line on stderr says what, why, and what to do
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "mount": "Mount an overlay.",
     "umount": "Unmount overlays; what was written is on disk when it returns.",
     "diff": "Show what changed.",
+    "import": "Unpack images and layers into directories that can be lowers.",
     "export": "Write what changed as one layer of an image.",
     "doctor": "Check what this machine, and an upper, can do.",
     "completion": "Print the completion script of a shell.",
@@ -42,7 +44,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"pyoverlay.cli.{cmd_name}").command
+        module = cmd_name + "_" if keyword.iskeyword(cmd_name) else cmd_name
+        command: click.Command = importlib.import_module(f"pyoverlay.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

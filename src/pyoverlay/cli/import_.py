@@ -1,0 +1,58 @@
+"""`pyoverlay import`."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import click
+
+from pyoverlay.cli.progress import progress_bar
+from pyoverlay.errors import UsageError
+from pyoverlay.image.importing import Wanted, import_into
+from pyoverlay.image.store import Store
+from pyoverlay.image.unpacking import Terms
+
+EPILOG = """\b
+SOURCE is a `docker save` archive, an OCI layout (directory or archive) or the tar archive of one layer,
+gzip or not; several are put on top of one another, the first lowest. A layer is unpacked once, whoever
+has it. Archives are not trusted: what would leave DIR, or is malformed, is refused.
+
+\b
+Examples:
+  pyoverlay mount "$(pyoverlay import app.tar /srv/images)" ~/upper ~/merged
+  pyoverlay import --tag 1.0 ./layout changes.tar /srv/images
+"""
+
+
+class Size(click.ParamType):
+    """A number of bytes: `4096`, `64G`."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no size; write 4096, 500M or 64G", param, ctx)
+        return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
+@click.command("import", epilog=EPILOG)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE... DIR")
+@click.option("--tag", metavar="NAME", envvar="PYOVERLAY_TAG", help="Which image, where a SOURCE has several: a name or a tag.")
+@click.option("--devices", is_flag=True, envvar="PYOVERLAY_DEVICES", help="Make device nodes; without this they are refused.")
+@click.option("--max-size", type=Size(), default="64G", show_default=True, envvar="PYOVERLAY_MAX_SIZE", help="Of one layer, unpacked.")
+@click.option("--max-entries", type=click.IntRange(1), default=2_000_000, show_default=True, metavar="N", envvar="PYOVERLAY_MAX_ENTRIES",
+              help="Members of one layer.")  # fmt: skip
+@click.option("--discard-blobs", is_flag=True, envvar="PYOVERLAY_DISCARD_BLOBS",
+              help="Keep the unpacked layers alone: a later commit writes them anew, under other digests.")  # fmt: skip
+def command(sources: tuple[str, ...], tag: str | None, devices: bool, max_size: int, max_entries: int, discard_blobs: bool) -> None:
+    """Unpack the layers of SOURCE into DIR, and print them as LOWER:LOWER for `pyoverlay mount`."""
+    *paths, directory = map(os.fsencode, sources)
+    if not paths:
+        raise UsageError("give at least one SOURCE, and DIR")
+    wanted = Wanted(Terms(max_entries, takes_devices=devices), max_size, tag, keeps_blobs=not discard_blobs)
+    imported = import_into(Store.create(directory), paths, wanted, progress_bar)
+    if imported.disarmed:
+        click.echo(f"pyoverlay: {imported.disarmed} objects lost set-id bits or capabilities: only root can keep them", err=True)
+    click.echo(":".join(re.sub(r"([\\:])", r"\\\1", os.fsdecode(lower)) for lower in imported.lowers))

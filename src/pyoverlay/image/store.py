@@ -1,0 +1,244 @@
+"""A directory of unpacked layers, each there once however many images have it, and what is known of the images.
+
+    layers/HEX                the layer whose uncompressed archive has this SHA-256 (its diff_id): a directory that can be a lower
+    blobs/sha256/HEX          the layer as it came, compressed or not, by the SHA-256 of that
+    images/HEX.json           an image: its names, its configuration, its layers; HEX is the SHA-256 of its configuration
+    unpacking/HEX             a layer on its way, locked (flock) by whoever unpacks it
+
+Everything is for its owner alone, mode 0700: layers hold set-id programs that nobody else should run. A layer gets its final name by one
+rename, when all of it was verified and is on disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyoverlay.core import syscalls
+from pyoverlay.core.calls import Calls, remove_tree
+from pyoverlay.errors import Refusal
+from pyoverlay.image.publishing import replacing
+from pyoverlay.image.sources import HEAD, Layer, blob_name
+from pyoverlay.image.streams import Measured, uncompressed
+from pyoverlay.image.tar_reader import MalformedArchive, TarReader
+from pyoverlay.image.unpacking import Terms, unpack
+
+_OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PARTS = (b"layers", b"blobs", b"blobs/sha256", b"images", b"unpacking")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """diff_id: of the archive. digest, size: of the blob it came from, which may or may not have been kept."""
+
+    diff_id: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image whose layers were unpacked; the lowest first."""
+
+    names: tuple[str, ...]
+    config: dict[str, Any]
+    layers: tuple[StoredLayer, ...]
+
+
+@dataclass(slots=True)
+class Added:
+    """What became of a layer. disarmed: see unpacking.Unpacked."""
+
+    stored: StoredLayer
+    path: bytes
+    disarmed: int = 0
+
+
+class Store:
+    """The store in the directory `path`, which must exist."""
+
+    def __init__(self, path: bytes) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: bytes) -> Store:
+        """The store at `path`, made where there is none. Raises Refusal."""
+        try:
+            for part in (path, *(os.path.join(path, part) for part in _PARTS)):
+                with suppress(FileExistsError):
+                    os.mkdir(part, 0o755 if part == path else 0o700)
+            os.close(os.open(os.path.join(path, b"layers"), _OPEN_DIR))
+        except OSError as error:
+            raise Refusal(path, "cannot hold layers", error.errno, "name a directory that you may write to") from error
+        store = cls(os.path.realpath(path))
+        store._clear_abandoned()
+        return store
+
+    @classmethod
+    def of_lower(cls, lower: bytes) -> tuple[Store, str] | None:
+        """(store, diff_id) of a lower that was imported; None for any other directory."""
+        layers, name = os.path.split(lower)
+        path, part = os.path.split(layers)
+        if part != b"layers" or not os.path.isdir(os.path.join(path, b"images")):
+            return None
+        return cls(path), f"sha256:{name.decode(errors='replace')}"
+
+    @property
+    def scratch(self) -> bytes:
+        """A directory on the store's file system for files without a name."""
+        return os.path.join(self.path, b"unpacking")
+
+    def layer(self, diff_id: str) -> bytes:
+        """Where a layer lies, or would lie."""
+        return os.path.join(self.path, b"layers", _hex(diff_id))
+
+    def blob(self, digest: str) -> bytes:
+        """Where a layer's blob lies, or would lie."""
+        return os.path.join(self.path, os.fsencode(blob_name(digest)))
+
+    # -- layers
+
+    def add(
+        self, source: Layer, terms: Terms, limit: int, *, keeps_blob: bool, progress: Callable[[int], object] = lambda _: None
+    ) -> Added:
+        """Unpack a layer, unless it is there.
+
+        limit: bytes that its archive may have. keeps_blob: it is kept as it came too. progress: told of each piece of the blob read.
+        Raises MalformedArchive, Unacceptable, TooLarge, OSError; the store is then as it was.
+        """
+        path = self.layer(source.diff_id)
+        with self._locked(source.diff_id) as place:
+            is_there = os.path.isdir(path)
+            if is_there and source.digest is not None and (not keeps_blob or os.path.exists(self.blob(source.digest))):
+                progress(source.blob.size)
+                return Added(StoredLayer(source.diff_id, source.digest, source.blob.size), path)
+            copy = os.path.join(place, b"blob") if keeps_blob else None
+            with _copied(copy) as kept, source.blob.open() as blob:
+                raw = Measured(blob.read, copy=lambda data: (kept(data), progress(len(data))))
+                disarmed = 0 if is_there else _unpack(source, raw, os.path.join(place, b"tree"), terms, limit)
+                raw.drain()
+            _verify(source.digest, raw.digest)
+            if copy is not None:
+                os.rename(copy, self.blob(raw.digest))
+            if not is_there:
+                os.rename(os.path.join(place, b"tree"), path)
+            return Added(StoredLayer(source.diff_id, raw.digest, raw.size), path, disarmed)
+
+    @contextmanager
+    def _locked(self, diff_id: str) -> Iterator[bytes]:
+        """A directory for one layer on its way, empty and ours alone; gone at the end. Whoever comes second waits."""
+        place = os.path.join(self.scratch, _hex(diff_id))
+        fd = _lock(place)
+        try:
+            with os.scandir(fd) as entries:
+                left = [os.fsencode(entry.name) for entry in entries]
+            for name in left:
+                remove_tree(Calls(), fd, name)
+            yield place
+        finally:
+            _remove(place)
+            os.close(fd)
+
+    def _clear_abandoned(self) -> None:
+        """Remove what interrupted imports left."""
+        for name in os.listdir(self.scratch):
+            place = os.path.join(self.scratch, name)
+            with suppress(FileNotFoundError, NotADirectoryError, BlockingIOError):
+                fd = os.open(place, _OPEN_DIR)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(place)
+                finally:
+                    os.close(fd)
+
+    # -- images
+
+    def add_image(self, names: Sequence[str], config: dict[str, Any], layers: Sequence[StoredLayer]) -> None:
+        """Remember what an image consists of; what was known of one with this configuration is replaced."""
+        name = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        record = {"schema": 1, "names": [*names], "config": config, "layers": [asdict(layer) for layer in layers]}
+        with replacing(os.path.join(self.path, b"images", name.encode() + b".json"), 0o600) as file:
+            file.write(json.dumps(record, indent=1).encode())
+
+    def images(self) -> list[StoredImage]:
+        """Every image that is known, the latest first."""
+        directory = os.path.join(self.path, b"images")
+        files = [os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(b".json")]
+        return [_read_image(file) for file in sorted(files, key=lambda file: os.stat(file).st_mtime_ns, reverse=True)]
+
+
+def _read_image(path: bytes) -> StoredImage:
+    with open(path, "rb") as file:
+        record = json.load(file)
+    return StoredImage(tuple(record["names"]), record["config"], tuple(StoredLayer(**layer) for layer in record["layers"]))
+
+
+def _hex(digest: str) -> bytes:
+    return os.fsencode(blob_name(digest)).rpartition(b"/")[2]
+
+
+def _lock(place: bytes) -> int:
+    """A descriptor of the directory, made if missing, that holds its lock."""
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(place, 0o700)
+        try:
+            fd = os.open(place, _OPEN_DIR)
+        except FileNotFoundError:  # whoever had it has just removed it
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.stat(place), os.fstat(fd)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def _remove(path: bytes) -> None:
+    above, name = os.path.split(path)
+    fd = os.open(above, _OPEN_DIR)
+    try:
+        remove_tree(Calls(), fd, name)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _copied(path: bytes | None) -> Iterator[Callable[[bytes], object]]:
+    """What writes to a new file, on disk at the end; to nowhere for None."""
+    if path is None:
+        yield lambda _: None
+        return
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        yield file.write
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unpack(source: Layer, raw: Measured, tree: bytes, terms: Terms, limit: int) -> int:
+    """Unpack a blob into the new directory `tree`; all of it verified and on disk. How many objects were disarmed."""
+    os.mkdir(tree, 0o700)
+    root = os.open(tree, _OPEN_DIR)
+    try:
+        with source.blob.open() as beginning:
+            head = beginning.read(HEAD)
+        archive = Measured(uncompressed(raw, head), limit)
+        done = unpack(TarReader(archive.read), root, terms)
+        archive.drain()
+        _verify(source.diff_id, archive.digest)
+        syscalls.syncfs(root)
+    finally:
+        os.close(root)
+    return done.disarmed
+
+
+def _verify(expected: str | None, found: str) -> None:
+    if expected is not None and expected != found:
+        raise MalformedArchive(f"a layer that should have the digest {expected} has {found}: it is damaged")

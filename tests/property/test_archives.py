@@ -1,0 +1,137 @@
+"""Whatever an archive says, in whatever order: it is unpacked inside its directory or refused, and what is beside it stays as it was.
+
+PYOVERLAY_ARCHIVES=N draws N archives of each kind at random; without it a fixed choice runs that fits into some seconds.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyoverlay.core.calls import Calls, remove_tree
+from pyoverlay.image.tar_member import BLOCK, Kind, Member, checksum
+from pyoverlay.image.tar_reader import MalformedArchive, TarReader
+from pyoverlay.image.unpacking import Terms, Unacceptable, unpack
+from pyoverlay.testing import make_tree, witness
+from tests.unit.archives import Item, archive, directory, file, symlink
+
+ARCHIVES = int(os.environ.get("PYOVERLAY_ARCHIVES", "400"))
+TUNED = settings(
+    max_examples=ARCHIVES,
+    derandomize="PYOVERLAY_ARCHIVES" not in os.environ,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+OWN = {"uid": os.geteuid(), "gid": os.getegid()}
+
+# Few names, so that members meet one another; some lead out, through links or by themselves.
+NAMES = st.sampled_from([b"a", b"b", b"l", b"..", b".", b"", b".wh.a", b".wh.l", b".wh..wh..opq", b".wh...", b"outside", b"file"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(b"/".join)
+TARGETS = PATHS | st.sampled_from([b"../outside", b"/", b"..", b"../outside/file", b"/etc/passwd"])
+ATTRIBUTES = st.sampled_from([(), ((b"user.overlay.redirect", b"/"),), ((b"trusted.overlay.opaque", b"y"),), ((b"user.x", b"1"),)])
+
+DEVICES = st.sampled_from([(0, 0), (1, 3)])
+
+MEMBERS: st.SearchStrategy[Item] = st.one_of(
+    st.builds(lambda name, content, xattrs: file(name, content, xattrs=xattrs, **OWN), PATHS, st.binary(max_size=9), ATTRIBUTES),
+    st.builds(lambda name, mode, xattrs: directory(name, mode, xattrs=xattrs, **OWN), PATHS, st.integers(0, 0o7777), ATTRIBUTES),
+    st.builds(symlink, PATHS, TARGETS),
+    st.builds(lambda name, target: Member(name, Kind.LINK, target=target), PATHS, TARGETS),
+    st.builds(lambda name, kind, device: Member(name, kind, device=device), PATHS, st.sampled_from(Kind), DEVICES),
+)
+
+
+@contextmanager
+def jail() -> Iterator[tuple[Path, int]]:
+    """A place with a directory to unpack in and one beside it, and a descriptor of the first; all of it goes at the end."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        make_tree(place, {"outside": {"file": "untouched", "l": {}}, "layer": {}})
+        fd = os.open(place / "layer", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield place, fd
+        finally:
+            for left in os.listdir(fd):
+                remove_tree(Calls(), fd, os.fsencode(left))
+            os.close(fd)
+
+
+def assert_harmless(layer: Path) -> None:
+    """No device but whiteouts, no name that only an archive has, and no mark that it brought along."""
+    for above, directories, files in os.walk(layer):
+        for name in (*directories, *files):
+            path = Path(above, name)
+            st = path.lstat()
+            assert not stat.S_ISBLK(st.st_mode)
+            assert not stat.S_ISCHR(st.st_mode) or st.st_rdev == 0
+            assert not name.startswith(".wh.") or name == ".wh..wh..opq"
+            assert not any(attribute.endswith("overlay.redirect") for attribute in marks_of(path))
+
+
+def marks_of(path: Path) -> list[str]:
+    """Attributes that one of the overlay's mounts would take for a mark."""
+    names = os.listxattr(path, follow_symlinks=False)
+    return [name for name in names if name.startswith(("trusted.overlay.", "user.overlay.")) and ".overlay.overlay." not in name]
+
+
+@TUNED
+@given(st.lists(MEMBERS, max_size=8))
+def test_no_archive_reaches_outside(members: list[Item]) -> None:
+    with jail() as (place, fd):
+        before = witness(place / "outside")
+        try:
+            unpack(TarReader(io.BytesIO(archive(*members)).read), fd, Terms())
+        except Unacceptable:
+            pass
+        assert witness(place / "outside") == before
+        assert sorted(os.listdir(place)) == ["layer", "outside"]
+        assert_harmless(place / "layer")
+
+
+BEGINNING = archive(
+    directory(b"d", 0o755, **OWN),
+    file(b"d/" + b"n" * 120, b"content", xattrs=((b"user.a", b"1"),), mtime_ns=1_500_000_000, **OWN),
+    symlink(b"l", b"../outside"),
+    (Member(b"s", Kind.FILE, size=9999, extents=((5, 600), (700, 3))), b"y" * 603),
+    Member(b"h", Kind.LINK, target=b"s"),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A good archive with some bytes changed and cut off somewhere; the checksums of its headers are right all the same."""
+    data = bytearray(BEGINNING)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(data) - 1))
+        data[place] = draw(st.integers(0, 255))
+    for start in range(0, len(data) - BLOCK, BLOCK):
+        block = bytes(data[start : start + BLOCK])
+        if block[257:262] == b"ustar":
+            data[start + 148 : start + 156] = b"%06o\0 " % checksum(block)
+    return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
+
+
+@TUNED
+@given(damaged())
+def test_damage_is_refused_and_never_an_accident(data: bytes) -> None:
+    """What comes out is a refusal or what the system says of a file (an owner or a time that it cannot hold), and nothing else."""
+    with jail() as (place, fd):
+        before = witness(place / "outside")
+        try:
+            unpack(TarReader(io.BytesIO(data).read), fd, Terms())
+        except (Unacceptable, MalformedArchive):
+            pass
+        except OSError as error:
+            assert error.filename is not None
+        assert witness(place / "outside") == before
+        assert_harmless(place / "layer")
