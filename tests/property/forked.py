@@ -23,7 +23,7 @@ from typing import NoReturn
 from pyoverlay.daemon import __main__ as daemon
 from pyoverlay.daemon import report
 from pyoverlay.daemon.options import Options
-from pyoverlay.daemon.request import Request
+from pyoverlay.daemon.request import Request, to_memory
 from pyoverlay.testing import Overlay
 from pyoverlay.testing.mounts import COMMAND_SECONDS, DAEMON_EXIT_SECONDS, wait_for_end
 
@@ -38,7 +38,7 @@ class Forker:
     def start(self, request: Request) -> int:
         """A daemon for this request, which mounts; its pid when the mount answers. Raises what `pyoverlay mount` does."""
         said, end = os.pipe()
-        descriptors = [request.to_memory(), end]
+        descriptors = [to_memory([request]), end]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         self.connection.sendmsg([b"mount"], rights)
         for fd in descriptors:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
+from typing import Any, TextIO
 
 import click
+from click.core import ParameterSource
 
 from pyoverlay.daemon import launch
 from pyoverlay.daemon.options import Options, parse, with_directories
 from pyoverlay.daemon.request import Request
+from pyoverlay.errors import PyoverlayError, printable
 
 EPILOG = """\b
 Leftmost is on top, as in the kernel's lowerdir= (bubblewrap's order is the reverse). A colon in a
@@ -17,10 +21,19 @@ name is written as `\\:`. With -o, SOURCE is what /proc/mounts shows, and withou
 mount is read-only. Every long option can be set as PYOVERLAY_NAME in the environment.
 
 \b
+A FILE for --from has what stands behind `pyoverlay mount`, one mount a line, quoted as in a shell;
+lines that begin with # are passed over. If a line cannot be read nothing is mounted; what then
+cannot be mounted is reported, and the rest is.
+
+\b
 Examples:
   pyoverlay mount /srv/app:/srv/base ~/upper ~/merged
   pyoverlay mount -o lowerdir=/srv/app:/srv/base,upperdir=/srv/up,workdir=/srv/work /mnt
+  pyoverlay mount --from overlays.list
 """
+
+# What a line of a --from FILE cannot have: it is for the command as a whole.
+_ONCE = ("listed", "foreground", "wait")
 
 
 class OptionString(click.types.StringParamType):
@@ -48,6 +61,7 @@ class OptionString(click.types.StringParamType):
     envvar="PYOVERLAY_WORKDIR",
     help="Work directory, beside UPPER on its file system.  [default: .UPPER-NAME.pyoverlay-work, made if missing]",
 )
+@click.option("--from", "listed", type=click.File(errors="surrogateescape"), metavar="FILE", help="Mount what FILE lists (- is stdin).")
 @click.option("--foreground", "-f", is_flag=True, envvar="PYOVERLAY_FOREGROUND", help="Stay until it is unmounted, and log to stderr.")
 @click.option(
     "--wait",
@@ -69,28 +83,80 @@ class OptionString(click.types.StringParamType):
 )
 @click.option("--verbose", "-v", count=True, envvar="PYOVERLAY_VERBOSE", help="Log more.")
 @click.option("--quiet", "-q", is_flag=True, envvar="PYOVERLAY_QUIET", help="Log errors only.")
+@click.pass_context
 def command(
-    directories: tuple[str, ...],
-    options: tuple[str, ...],
-    workdir: str | None,
-    foreground: bool,
-    wait: float,
-    log_file: str | None,
-    log_format: str,
-    verbose: int,
-    quiet: bool,
-) -> None:
+    context: click.Context, directories: tuple[str, ...], listed: TextIO | None, foreground: bool, wait: float, **others: Any
+) -> int:
     """Show LOWER, with what is in UPPER on top of it, at MERGED.
 
     Changes made in MERGED go to UPPER; a LOWER is never changed. Returns when the mount answers; it lives on in the background until
     `pyoverlay umount MERGED`.
     """
+    if listed is not None:
+        if _given(context) - {"listed", "wait"}:
+            raise click.UsageError("with --from, all but --wait stands in the lines of the file")
+        return _mount_each(listed, wait)
+    request = _request(directories, **others)
+    if foreground:
+        launch.mount_in_foreground(replace(request, foreground=True))
+    launch.mount(request, wait)
+    return 0
+
+
+def _given(context: click.Context) -> set[str]:
+    """The parameters that are on the command line."""
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    return given if context.params["directories"] else given - {"directories"}
+
+
+def _request(
+    directories: tuple[str, ...],
+    options: tuple[str, ...],
+    workdir: str | None,
+    log_file: str | None,
+    log_format: str,
+    verbose: int,
+    quiet: bool,
+) -> Request:
     chosen, merged = _layers(parse(options), directories, workdir)
     level = 40 if quiet else 10 if verbose else 20
-    request = Request(chosen, os.fsencode(merged), foreground=foreground, log_file=log_file, log_level=level, log_format=log_format)
-    if foreground:
-        launch.mount_in_foreground(request)
-    launch.mount(request, wait)
+    return Request(chosen, os.fsencode(merged), log_file=log_file, log_level=level, log_format=log_format)
+
+
+# ── many at once ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _mount_each(file: TextIO, wait: float) -> int:
+    """Mount what a file lists. The exit code: that of the first thing that is wrong."""
+    lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip() and not line.lstrip().startswith("#")]
+    places = [f"{printable(file.name)}:{number}" for number, _ in lines]
+    requests, refused = [], []
+    for place, (_, line) in zip(places, lines, strict=True):
+        try:
+            requests.append(_listed(line))
+        except (click.ClickException, PyoverlayError, ValueError) as error:
+            refused.append(_refuse(place, error))
+    if requests and not refused:
+        outcomes = zip(places, launch.mount_each(requests, wait), strict=True)
+        refused = [_refuse(place, error) for place, error in outcomes if error is not None]
+    return refused[0] if refused else 0
+
+
+def _listed(line: str) -> Request:
+    """The request of a line. Raises what parsing does; ValueError for a quote that is not closed."""
+    context = command.make_context("mount", shlex.split(line), help_option_names=[], ignore_unknown_options=False)
+    unwanted = sorted(_given(context) & set(_ONCE))
+    if unwanted:
+        raise click.UsageError(f"--{'from' if unwanted[0] == 'listed' else unwanted[0]} is for the whole command, not for a line")
+    chosen = {name: value for name, value in context.params.items() if name not in _ONCE}
+    return _request(**chosen)
+
+
+def _refuse(place: str, error: Exception) -> int:
+    """Say what is wrong with a line; the exit code for it."""
+    message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    click.echo(f"pyoverlay: {place}: {message}", err=True)
+    return error.exit_code if isinstance(error, click.ClickException | PyoverlayError) else 2
 
 
 def _layers(options: Options, directories: tuple[str, ...], work: str | None) -> tuple[Options, str]:

@@ -6,19 +6,27 @@ module imports neither trio nor pyfuse3.
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
+import socket
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from pyoverlay.daemon import report
 from pyoverlay.daemon.options import Options
-from pyoverlay.daemon.request import Request
+from pyoverlay.daemon.request import Request, to_memory
 from pyoverlay.errors import DaemonFailed, PyoverlayError, printable
 
 # Seconds that a daemon may take to end once it refuses or is told to end.
 _LAST_WORDS = 5.0
+
+# A refusal names paths, of 4 KiB each at the most.
+_LONGEST_MESSAGE = 1 << 16
 
 # -P: a `trio.py` in the directory that somebody mounts from is not ours to import.
 _DAEMON = ["-P", "-m", "pyoverlay.daemon"]
@@ -31,7 +39,7 @@ def mount(request: Request, wait: float) -> int:
     """
     said, end = os.pipe()
     try:
-        pid = _spawn(absolute(request), end)
+        pid = _spawn([absolute(request)], end)
     finally:
         os.close(end)
     with open(said, encoding="utf-8") as pipe:
@@ -48,14 +56,76 @@ def mount(request: Request, wait: float) -> int:
 
 def _wait_for_end(pid: int) -> None:
     """Return when the daemon, which will not mount, has let go of everything."""
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
     select.select([pidfd], [], [], _LAST_WORDS)
     os.close(pidfd)
 
 
+@dataclass(slots=True)
+class _Daemon:
+    """One of several: who it is, and what it has said of its mount."""
+
+    pid: int | None = None
+    said: bytes | None = None
+
+
+def mount_each(requests: Sequence[Request], wait: float) -> list[PyoverlayError | None]:
+    """Mount all, each by a daemon of its own; why not, one by one, None where the mount answers.
+
+    One process imports everything and forks the daemons, which then share that. wait: seconds that they may take together.
+    """
+    daemons = [_Daemon() for _ in requests]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            starter = _spawn([absolute(request) for request in requests], theirs.fileno(), "--each")
+        is_in_time = _hear(ours, daemons, wait)
+    if not is_in_time:
+        os.kill(starter, signal.SIGTERM)  # whom it has forked and we have not heard of fails to tell us, and takes back what it began
+    os.waitpid(starter, 0)
+    return [_outcome(request, daemon, None if is_in_time else wait) for request, daemon in zip(requests, daemons, strict=True)]
+
+
+def _hear(ours: socket.socket, daemons: list[_Daemon], wait: float) -> bool:
+    """Keep what the daemons say, until all have said how it went or are gone; False where that takes longer."""
+    deadline = time.monotonic() + wait
+    while any(daemon.said is None for daemon in daemons):
+        if not select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return False
+        message = ours.recv(_LONGEST_MESSAGE)
+        if not message:
+            break
+        known = json.loads(message)
+        daemon = daemons[known["mount"]]
+        if "pid" in known:
+            daemon.pid = known["pid"]
+        else:
+            daemon.said = message
+    return True
+
+
+def _outcome(request: Request, daemon: _Daemon, waited: float | None) -> PyoverlayError | None:
+    """waited: so long, in vain, for those that have said nothing."""
+    try:
+        if daemon.said is None and waited is not None:
+            if daemon.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(daemon.pid, signal.SIGTERM)
+            raise DaemonFailed(f"{printable(request.merged)}: the mount did not answer within {waited:g} s; given up")
+        report.check(daemon.said or b"")
+    except PyoverlayError as error:
+        if daemon.pid is not None:
+            _wait_for_end(daemon.pid)
+        return error
+    return None
+
+
 def mount_in_foreground(request: Request) -> None:
     """Become the daemon; does not return."""
-    fd = absolute(request).to_memory()
+    fd = to_memory([absolute(request)])
     os.set_inheritable(fd, True)
     os.execv(sys.executable, [sys.executable, *_DAEMON, str(fd)])
 
@@ -81,14 +151,15 @@ def _absolute(options: Options, here: bytes) -> Options:
     )
 
 
-def _spawn(request: Request, end: int) -> int:
-    fd = request.to_memory()
+def _spawn(requests: Sequence[Request], end: int, *how: str) -> int:
+    """The pid of a new process with the requests and our caller's end of a pipe or socket."""
+    fd = to_memory(requests)
     for inherited in (fd, end):
         os.set_inheritable(inherited, True)
     try:
         return os.posix_spawn(
             sys.executable,
-            [sys.executable, *_DAEMON, str(fd), str(end)],
+            [sys.executable, *_DAEMON, *how, str(fd), str(end)],
             os.environ,
             file_actions=[(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in range(3)],
             setsid=True,

@@ -1,6 +1,7 @@
 """How the daemon tells its caller, through a pipe: one line of JSON, `{"ready": true}` or what was refused.
 
-The pipe's end without a line is an answer too: the daemon is gone, and it was not asked to go.
+The pipe's end without a line is an answer too: the daemon is gone, and it was not asked to go. Daemons that were started together share
+a socket that keeps messages apart; each says first who it is, `{"pid": N}`, and has its request's number, `"mount"`, in what it says.
 """
 
 from __future__ import annotations
@@ -44,7 +45,27 @@ class Report:
         sys.__excepthook__(kind, error, where)
 
 
-def check(text: str) -> None:
+class NumberedReport(Report):
+    """The same on a socket that others have too. number: of the request, from 0."""
+
+    def __init__(self, fd: int, number: int) -> None:
+        super().__init__(fd)
+        self._number = number
+        self._send({"pid": os.getpid()})
+
+    def _say(self, message: dict[str, object]) -> None:
+        self._is_said = True
+        if self._fd is not None:
+            self._send(message)
+            os.close(self._fd)
+            self._fd = None
+
+    def _send(self, message: dict[str, object]) -> None:
+        if self._fd is not None:
+            os.write(self._fd, json.dumps({"mount": self._number, **message}).encode())
+
+
+def check(text: str | bytes) -> None:
     """Return if the daemon has said that it is ready. Raises what it refused, or DaemonFailed where it said nothing."""
     if not text:
         raise DaemonFailed("the daemon ended before the mount answered; run the same with -f to see why")

@@ -1,4 +1,4 @@
-"""What the caller hands to the daemon: one JSON document over an inherited descriptor.
+"""What the caller hands to the daemon: requests for mounts, one JSON document over an inherited descriptor.
 
 Never by argv: 500 layers with long names are megabytes, past what execve(2) takes. A memory file rather than a pipe, so that
 nobody has to stay and feed it: in the foreground the caller's process itself becomes the daemon.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -32,22 +33,26 @@ class Request:
     log_level: int = 20
     log_format: str = "text"
 
-    def to_memory(self) -> int:
-        """An inheritable descriptor from which `from_memory` reads this request."""
-        fd = os.memfd_create("pyoverlay request", 0)
-        with open(fd, "wb", closefd=False) as file:
-            file.write(json.dumps(_plain(asdict(self))).encode())
-        os.lseek(fd, 0, os.SEEK_SET)
-        return fd
 
-    @classmethod
-    def from_memory(cls, fd: int) -> Request:
-        """The request in a descriptor, which is closed."""
-        with open(fd, "rb") as file:
-            document = json.load(file)
-        options = document.pop("options")
-        merged = os.fsencode(document.pop("merged"))
-        return cls(options=Options(**{name: _field(name, value) for name, value in options.items()}), merged=merged, **document)
+def to_memory(requests: Sequence[Request]) -> int:
+    """An inheritable descriptor from which `from_memory` reads these requests."""
+    fd = os.memfd_create("pyoverlay requests", 0)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(json.dumps([_plain(asdict(request)) for request in requests]).encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def from_memory(fd: int) -> list[Request]:
+    """The requests in a descriptor, which is closed."""
+    with open(fd, "rb") as file:
+        return [_request(document) for document in json.load(file)]
+
+
+def _request(document: dict[str, Any]) -> Request:
+    options = document.pop("options")
+    merged = os.fsencode(document.pop("merged"))
+    return Request(options=Options(**{name: _field(name, value) for name, value in options.items()}), merged=merged, **document)
 
 
 def _plain(value: Any) -> Any:
