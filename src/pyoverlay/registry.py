@@ -74,6 +74,15 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped process `pid`: it answers nobody."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def own_directory() -> str:
     """Where this user's mounts are listed. $PYOVERLAY_RUNTIME_DIR overrides it."""
     if override := os.environ.get("PYOVERLAY_RUNTIME_DIR"):

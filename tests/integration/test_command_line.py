@@ -235,6 +235,30 @@ def test_umount_of_a_busy_mount_names_who_holds_it(overlay: OverlayFactory) -> N
     assert result.stderr.endswith("(Device or resource busy); end that, or detach it with --lazy\n")
 
 
+def test_who_was_there_before_the_mount_does_not_hold_it(overlay: OverlayFactory) -> None:
+    """A mount over /usr covers the programs that everybody runs: their paths are the same, their mount is not."""
+    made = overlay(mount=False)
+    shutil.copy("/bin/sleep", made.merged / "sleep")
+    with subprocess.Popen([made.merged / "sleep", "60"], cwd=made.merged) as before:
+        made.mount()
+        with subprocess.Popen(["sleep", "60"], cwd=made.merged) as inside:
+            result = pyoverlay("umount", made.merged)
+            inside.kill()
+        before.kill()
+    assert result.stderr == (
+        f"pyoverlay: {made.merged}: busy: held by sleep (pid {inside.pid}) (Device or resource busy); end that, or detach it with --lazy\n"
+    )
+
+
+def test_a_program_that_runs_from_the_mount_holds_it(overlay: OverlayFactory) -> None:
+    made = overlay()
+    shutil.copy("/bin/sleep", made.merged / "sleep")
+    with subprocess.Popen([made.merged / "sleep", "60"]) as runs:
+        result = pyoverlay("umount", made.merged)
+        runs.kill()
+    assert f"busy: held by sleep (pid {runs.pid}) (" in result.stderr
+
+
 @pytest.mark.root
 def test_umount_of_a_mount_with_another_inside_says_where(overlay: OverlayFactory) -> None:
     made = overlay({"inner": {}})

@@ -304,6 +304,54 @@ def test_a_second_sigterm_ends_a_busy_mount_at_once(overlay: OverlayFactory) -> 
     assert made.mounted() is None
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A daemon that answers nobody."""
+    os.kill(pid, signal.SIGSTOP)
+    while not registry.is_stopped(pid):  # the signal is sent to another process: it stops when it is scheduled
+        os.sched_yield()
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def umount(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command("umount", *arguments), check=False, capture_output=True, text=True, timeout=30)
+
+
+def test_umount_of_a_mount_whose_daemon_is_stopped_says_so_and_lazily_works_without_it(overlay: OverlayFactory) -> None:
+    made = overlay({"file": "x"})
+    (made.merged / "new").write_text("x")
+    pid = daemon_of(made)
+    with watched(pid) as poll:
+        with stopped(pid):
+            result = umount(made.merged)
+            assert result.returncode == 1
+            assert result.stderr == (
+                f"pyoverlay: {made.merged}: its daemon (pid {pid}) is stopped and cannot sync it (Device or resource busy);"
+                f" kill -CONT {pid}, or detach it with --lazy\n"
+            )
+            assert umount("--lazy", made.merged).returncode == 0
+            assert made.mounted() is None
+        end_of(poll)
+    assert (made.writable / "new").read_text() == "x"
+
+
+def test_umount_of_a_mount_whose_daemon_was_killed_keeps_what_it_had_written(overlay: OverlayFactory) -> None:
+    made = overlay({"file": "x"})
+    (made.merged / "new").write_text("written")
+    with watched(daemon_of(made)) as poll:
+        os.kill(daemon_of(made), signal.SIGKILL)
+        end_of(poll)
+    result = umount(made.merged)
+    assert result.returncode == 0
+    assert result.stderr == f"pyoverlay: {made.merged}: its daemon had died before; unmounted, and what it had written is on disk\n"
+    assert made.mounted() is None
+    assert all(record.merged != os.fsencode(made.merged) for record in registry.records())
+    assert (made.writable / "new").read_text() == "written"
+
+
 def test_the_background_does_not_mind_a_hangup(overlay: OverlayFactory) -> None:
     made = overlay({"file": "x"})
     os.kill(daemon_of(made), signal.SIGHUP)

@@ -36,7 +36,8 @@ def command(merged: tuple[str, ...], lazy: bool, wait: float) -> int:
     failed = 0
     for path in merged:
         try:
-            unmount(os.fsencode(path), lazily=lazy, wait=wait)
+            if note := unmount(os.fsencode(path), lazily=lazy, wait=wait):
+                click.echo(f"pyoverlay: {note}", err=True)
         except PyoverlayError as error:
             click.echo(f"pyoverlay: {error}", err=True)
             failed = error.exit_code

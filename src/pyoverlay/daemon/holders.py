@@ -1,8 +1,9 @@
 """Who keeps a mount busy: the processes with a file, a working directory, a root, a program or a map on it.
 
 Only /proc is read, and only through one directory descriptor: the daemon asks while it serves, when no path may lead through its
-own mount, and a dead mount must not block whoever asks. A descriptor is told by the mount id of its fdinfo, a map by its device,
-the rest by where its link points.
+own mount, and a mount that is dead or hangs must not block whoever asks. What is open is told by its mount's id, which no path tells: what
+was opened before the mount covered it has the same one. An O_PATH descriptor of a link in /proc asks nothing of the file system behind it.
+A map is told by its device.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ def open_proc() -> int:
     return os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
 
 
-def holders(proc: int, *, point: bytes, mount_id: int, device: str) -> list[Holder]:
+def holders(proc: int, *, mount_id: int, device: str) -> list[Holder]:
     """The processes that hold the mount, as far as this user may look. `device` is mountinfo's `major:minor`."""
     major, minor = map(int, device.split(":"))
     on_map = b" %02x:%02x " % (major, minor)
     found = []
     for name in os.listdir(proc):
-        if name.isdigit() and _holds(proc, name, point, mount_id, on_map):
+        if name.isdigit() and _holds(proc, name, mount_id, on_map):
             found.append(Holder(int(name), _command(proc, name)))
     return sorted(found, key=lambda holder: holder.pid)
 
@@ -53,13 +54,28 @@ def described(found: list[Holder]) -> str:
     return shown if len(found) <= 5 else f"{shown} and {len(found) - 5} more"
 
 
-def _holds(proc: int, pid: str, point: bytes, mount_id: int, on_map: bytes) -> bool:
-    links = (_link(proc, f"{pid}/{name}") for name in _LINKS)
-    if any(link == point or link.startswith(point + b"/") for link in links):
+def _holds(proc: int, pid: str, mount_id: int, on_map: bytes) -> bool:
+    if any(_mount_of(proc, f"{pid}/{name}") == mount_id for name in _LINKS):
         return True
-    if any(match and int(match[1]) == mount_id for match in map(_MOUNT_ID.search, _descriptors(proc, pid))):
+    if any(_mount_in(content) == mount_id for content in _descriptors(proc, pid)):
         return True
     return on_map in _content(proc, f"{pid}/maps")
+
+
+def _mount_of(proc: int, link: str) -> int | None:
+    try:
+        fd = os.open(link, os.O_PATH, dir_fd=proc)
+    except OSError:  # gone, or another user's
+        return None
+    try:
+        return _mount_in(_content(proc, f"self/fdinfo/{fd}"))
+    finally:
+        os.close(fd)
+
+
+def _mount_in(fdinfo: bytes) -> int | None:
+    match = _MOUNT_ID.search(fdinfo)
+    return int(match[1]) if match else None
 
 
 def _descriptors(proc: int, pid: str) -> Iterator[bytes]:
@@ -78,13 +94,6 @@ def _descriptors(proc: int, pid: str) -> Iterator[bytes]:
 
 def _command(proc: int, pid: str) -> str:
     return printable(_content(proc, f"{pid}/comm").rstrip(b"\n")) or "?"
-
-
-def _link(proc: int, name: str) -> bytes:
-    try:
-        return os.readlink(os.fsencode(name), dir_fd=proc)
-    except OSError:  # gone, or another user's
-        return b""
 
 
 def _content(dirfd: int, name: str) -> bytes:

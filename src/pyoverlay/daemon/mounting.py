@@ -140,7 +140,7 @@ def _who_holds(proc: int, point: MountPoint) -> str:
     mount = point.mount
     assert mount is not None
     with privileges.looking_at_processes():
-        return described(holders(proc, point=mount.point, mount_id=mount.id, device=mount.device))
+        return described(holders(proc, mount_id=mount.id, device=mount.device))
 
 
 def _say_how_it_is(view: View, record: registry.Record) -> None:

@@ -1,6 +1,7 @@
 """Taking a mount away from outside: sync it, unmount it, wait for its daemon; say who is in the way.
 
-The mount itself is touched only where its daemon is there to answer.
+A mount whose daemon hangs blocks whoever asks anything of it, in a sleep that no signal ends: what does ask is done by a child, which is
+left behind if it does not come back.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import subprocess
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 
 from pyoverlay import mountinfo, registry
@@ -19,31 +23,61 @@ from pyoverlay.fuse.mountpoint import fusermount
 
 OUR_TYPE = "fuse.pyoverlay"
 
+# Seconds that a mount which is only to be detached may take to sync.
+_LAZY_PATIENCE = 5.0
 
-def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> None:
+
+def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> str | None:
     """Unmount the overlay at `merged` and return when its upper is synced and its daemon gone.
 
-    lazily: detach it, synced where its daemon answers, and wait for nobody. wait: seconds for the daemon's end. Raises Refusal: not a
-    mount of ours, busy, dead, or the daemon could not sync the upper; DaemonFailed: it does not end.
+    lazily: detach it, synced where its daemon answers, and wait for nobody. wait: seconds for an answer, and for the daemon's end. What
+    it returns is to be told to people: the daemon had died before. Raises Refusal: not a mount of ours, busy, its daemon does not answer
+    or could not sync the upper; DaemonFailed: it does not end.
     """
-    point = os.path.realpath(merged)
-    mount, record = _find(merged, point)
-    is_alive = record is not None and record.is_alive
-    if not is_alive and not lazily:
-        remedy = f"pyoverlay umount --lazy {printable(merged)}"
-        raise Refusal(merged, "a dead mount: its daemon is gone", errno.ENOTCONN, remedy)
-    pidfd = _pidfd(record) if is_alive else None
+    mount, record = _find(merged, _mount_point(merged))
+    if record is None or not record.is_alive:
+        return _take_away_dead(merged, mount, record, lazily=lazily)
+    pidfd = _pidfd(record)
     try:
-        if is_alive:
-            _sync(merged, mount)
+        if pidfd is not None:
+            _sync(merged, mount, record, lazily=lazily, wait=wait)
         _take_away(merged, mount, lazily=lazily)
         if pidfd is not None and not lazily:
             _wait(merged, record, pidfd, wait)
     finally:
         if pidfd is not None:
             os.close(pidfd)
-    if record is not None and not (lazily and is_alive):
+    if not lazily:
         _report_failure(merged, record)
+    return None
+
+
+def _take_away_dead(merged: bytes, mount: mountinfo.Mount, record: registry.Record | None, *, lazily: bool) -> str:
+    """A mount that nobody serves: what its daemon had written is made durable here."""
+    _take_away(merged, mount, lazily=lazily)
+    note = "its daemon had died before; unmounted"
+    if record is not None and record.upper is not None:
+        try:
+            fd = os.open(record.upper, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                syscalls.syncfs(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise Refusal(record.upper, "unmounted, its daemon had died before, and the upper cannot be synced", error.errno) from error
+        note += ", and what it had written is on disk"
+        _report_failure(merged, record)
+    return f"{printable(merged)}: {note}"
+
+
+def _mount_point(merged: bytes) -> bytes:
+    """Its path without symlinks, found without asking anything of the mount: it may hang."""
+    path = os.path.abspath(merged)
+    points = {mount.point for mount in mountinfo.mounts()}
+    for candidate in (path, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))):
+        if candidate in points:
+            return candidate
+    return os.path.realpath(path)
 
 
 def _find(merged: bytes, point: bytes) -> tuple[mountinfo.Mount, registry.Record | None]:
@@ -59,9 +93,8 @@ def _find(merged: bytes, point: bytes) -> tuple[mountinfo.Mount, registry.Record
     return mount, record
 
 
-def _pidfd(record: registry.Record | None) -> int | None:
+def _pidfd(record: registry.Record) -> int | None:
     """A descriptor of the daemon, None if it ended meanwhile."""
-    assert record is not None
     with suppress(ProcessLookupError):
         fd = os.pidfd_open(record.pid)
         if record.is_alive:  # and so this is it: the number was not given away between the two
@@ -70,27 +103,68 @@ def _pidfd(record: registry.Record | None) -> int | None:
     return None
 
 
-def _sync(merged: bytes, mount: mountinfo.Mount) -> None:
+def _sync(merged: bytes, mount: mountinfo.Mount, record: registry.Record, *, lazily: bool, wait: float) -> None:
     """Write what is dirty in the page cache: umount(2) would too, but could not say that it failed."""
+    if registry.is_stopped(record.pid):
+        if lazily:
+            return
+        remedy = f"kill -CONT {record.pid}, or detach it with --lazy"
+        raise Refusal(merged, f"its daemon (pid {record.pid}) is stopped and cannot sync it", errno.EBUSY, remedy)
+    code = _in_child(lambda: _sync_from_inside(mount), _LAZY_PATIENCE if lazily else wait)
+    if code == 0 or lazily:
+        return
+    if code is None:
+        remedy = f"kill {record.pid}, or detach it with --lazy"
+        raise Refusal(merged, f"its daemon (pid {record.pid}) has not answered within {wait:g} s", errno.ETIMEDOUT, remedy)
+    if code in (errno.ENOTCONN, errno.ECONNABORTED):  # it ended meanwhile
+        return
+    raise Refusal(merged, "what was written could not be stored", code, "still mounted; make room or look into the log, then try again")
+
+
+def _sync_from_inside(mount: mountinfo.Mount) -> None:
     try:
         fd = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # the root of the merged tree is closed to us: the daemon's own sync has to do
         return
-    except OSError as error:
-        raise Refusal(merged, "the mount does not answer", error.errno, f"pyoverlay umount --lazy {printable(merged)}") from error
+    syscalls.syncfs(fd)
+
+
+def _in_child(function: Callable[[], None], seconds: float) -> int | None:
+    """Have a child call the function: the errno it failed with, 0, or None if it has not come back within so many seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12, of threads: the command line has none
+        pid = os.fork()
+    if pid == 0:
+        _call_and_exit(function)
+    pidfd = os.pidfd_open(pid)
     try:
-        syscalls.syncfs(fd)
-    except OSError as error:
-        remedy = "still mounted; make room or look into the log, then try again"
-        raise Refusal(merged, "what was written could not be stored", error.errno, remedy) from error
+        if not select.select([pidfd], [], [], seconds)[0]:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # in vain while it waits for the daemon
+            return None
     finally:
-        os.close(fd)
+        os.close(pidfd)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _call_and_exit(function: Callable[[], None]) -> None:
+    code = errno.EIO
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):  # whoever reads what we print must not wait for a child that hangs
+            os.dup2(null, fd)
+        function()
+        code = 0
+    except OSError as error:
+        code = error.errno or errno.EIO
+    finally:
+        os._exit(code)
 
 
 def _take_away(merged: bytes, mount: mountinfo.Mount, *, lazily: bool) -> None:
     try:
         if os.geteuid() == 0:
-            syscalls.umount2(mount.point, syscalls.MNT_DETACH if lazily else 0)
+            _umount(mount, lazily=lazily)
         else:
             _fusermount(mount.point, lazily=lazily)
     except PermissionError as error:
@@ -99,6 +173,16 @@ def _take_away(merged: bytes, mount: mountinfo.Mount, *, lazily: bool) -> None:
         if error.errno != errno.EBUSY:
             raise Refusal(merged, "cannot be unmounted", error.errno) from error
         raise _busy(merged, mount) from error
+
+
+def _umount(mount: mountinfo.Mount, *, lazily: bool) -> None:
+    """umount2(2), by a child where the daemon need not answer: whoever lets go of the last reference writes what is dirty."""
+    if not lazily:
+        syscalls.umount2(mount.point)
+        return
+    code = _in_child(lambda: syscalls.umount2(mount.point, syscalls.MNT_DETACH), _LAZY_PATIENCE)
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 def _fusermount(point: bytes, *, lazily: bool) -> None:
@@ -117,14 +201,13 @@ def _busy(merged: bytes, mount: mountinfo.Mount) -> Refusal:
         return Refusal(merged, f"busy: something is mounted inside, at {printable(inner.point)}", errno.EBUSY, "unmount that first")
     proc = open_proc()
     try:
-        found = holders(proc, point=mount.point, mount_id=mount.id, device=mount.device)
+        found = holders(proc, mount_id=mount.id, device=mount.device)
     finally:
         os.close(proc)
     return Refusal(merged, f"busy: held by {described(found)}", errno.EBUSY, "end that, or detach it with --lazy")
 
 
-def _wait(merged: bytes, record: registry.Record | None, pidfd: int, seconds: float) -> None:
-    assert record is not None
+def _wait(merged: bytes, record: registry.Record, pidfd: int, seconds: float) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     if not poll.poll(seconds * 1000):
