@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyoverlay.core.attributes import Wanted
 from pyoverlay.core.syscalls import RENAME_EXCHANGE
@@ -67,6 +67,7 @@ class Case:
     act: Act
     prepare: Act = nothing
     is_redirect: bool = False  # renames a directory that a lower has part in, which `user.` marks cannot express
+    metacopy: bool = False  # with metacopy=on, which `user.` marks exclude
 
 
 CASES = {
@@ -153,4 +154,17 @@ CASES = {
     ),
 }
 
-RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not case.is_redirect}
+METACOPY = {
+    "chmod_without_data": Case(lambda m: m.chmod("file", 0o640)),
+    "chmod_of_two_names_without_data": Case(lambda m: m.chmod("first", 0o640), looked_up_links),
+    "write_after_chmod": Case(lambda m: m.write("file", b"changed"), lambda m: m.chmod("file", 0o640)),
+    "truncation_after_chmod": Case(lambda m: m.truncate("file", 4), lambda m: m.chmod("file", 0o640)),
+    "growth_after_chmod": Case(lambda m: m.truncate("file", 1000), lambda m: m.chmod("file", 0o640)),
+    "rename_without_data": Case(lambda m: m.rename("file", "directory/new")),
+    "rename_over_a_lower_file_without_data": Case(lambda m: m.rename("file", "other")),
+    "link_without_data": Case(lambda m: m.link("file", "directory/deep/new")),
+    "exchange_without_data": Case(lambda m: m.rename("file", "directory/inside", RENAME_EXCHANGE)),
+    "write_after_rename": Case(lambda m: m.write("directory/new", b"changed"), lambda m: m.rename("file", "directory/new")),
+}
+CASES |= {name: replace(case, metacopy=True) for name, case in METACOPY.items()}
+RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not (case.is_redirect or case.metacopy)}

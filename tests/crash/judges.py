@@ -44,9 +44,10 @@ class Bed:
             shutil.rmtree(self.base / name, ignore_errors=True)
             (self.base / name).mkdir()
 
-    def view(self, calls: Calls | None = None) -> Merged:
+    def view(self, calls: Calls | None = None, *, metacopy: bool = False) -> Merged:
         lowers = [os.fsencode(self.base / name) for name in LOWERS]
-        return Merged(open_view(lowers, os.fsencode(self.base / "upper"), os.fsencode(self.base / "work"), policy_of(Fsync.ORDERED), calls))
+        policy = policy_of(Fsync.ORDERED, metacopy=metacopy)
+        return Merged(open_view(lowers, os.fsencode(self.base / "upper"), os.fsencode(self.base / "work"), policy, calls))
 
     def by_us(self) -> TreeSeen:
         """The tree that a new view shows. It has cleared the work directory."""
@@ -60,8 +61,8 @@ class Bed:
     def by_the_kernel(self) -> TreeSeen:
         """The tree that the kernel shows, over the same work directory."""
         overlay = KernelOverlay(
-            tuple(self.base / name for name in LOWERS), self.base / "upper", self.base / "merged", ("redirect_dir=on", "index=off"),
-            work_directory=self.base / "work",
+            tuple(self.base / name for name in LOWERS), self.base / "upper", self.base / "merged",
+            ("redirect_dir=on", "index=off", "metacopy=on"), work_directory=self.base / "work",
         )  # fmt: skip
         overlay.mount()
         try:
@@ -73,7 +74,7 @@ class Bed:
         """The tree before and after a case in which nothing fails, and the calls in between."""
         case = CASES[name]
         self.renew()
-        merged = self.view()
+        merged = self.view(metacopy=case.metacopy)
         case.prepare(merged)
         old = unlinked(merged.tree())
         counted = merged.view.upper.calls = Faulty(0, AssertionError())

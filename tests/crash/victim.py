@@ -31,8 +31,8 @@ _WITHOUT_FLUSHING_THE_LOG = 2
 MOUNT = "mount"  # in the place of a case: opening the layers, which clears the work directory
 
 
-def policy_of(fsync: Fsync) -> Policy:
-    return Policy(POLICY.userxattr, privileged=POLICY.privileged, fsync=fsync)
+def policy_of(fsync: Fsync, *, metacopy: bool = False) -> Policy:
+    return Policy(POLICY.userxattr, privileged=POLICY.privileged, fsync=fsync, metacopy=metacopy)
 
 
 class Deadly(Faulty):
@@ -69,7 +69,7 @@ def die(order: dict[str, Any]) -> None:
     """Do what the order says, in a child."""
     base = Path(order["base"])
     lowers = [os.fsencode(base / name) for name in order["lowers"]]
-    policy = policy_of(Fsync(order["fsync"]))
+    policy = policy_of(Fsync(order["fsync"]), metacopy=order["case"] != MOUNT and CASES[order["case"]].metacopy)
     end = kill if order["how"] == "kill" else lambda: cut_power(base, commit_first=order["how"] == "commit and cut")
     calls = Deadly(order["at"], end)
     if order["case"] == MOUNT:

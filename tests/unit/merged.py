@@ -147,7 +147,7 @@ class Merged:
             parent, name = self._new(new)
             if isinstance(inode, Directory):
                 raise failure(errno.EPERM)
-            copyup.copy_up(self.view, inode)
+            copyup.copy_up(self.view, inode, attributes_only=True)
             change.link(self.view, inode, parent, name)
             inode.nlookup += 1
 
@@ -190,7 +190,7 @@ class Merged:
             return self.read_inode(self.follow(path))
 
     def read_inode(self, inode: Inode) -> bytes:
-        return os.pread(self.view.data_fd(inode), 1 << 24, 0)
+        return os.pread(self.view.data_fd(inode), self.view.stat(inode).st_size, 0)
 
     def write(self, path: str, content: bytes, offset: int = 0) -> None:
         with self._request():
@@ -213,7 +213,7 @@ class Merged:
     def setattr(self, path: str, wanted: Wanted, *, follow: bool = True) -> None:
         with self._request():
             inode = self.follow(path) if follow else self.walk(path)
-            copyup.copy_up(self.view, inode)
+            copyup.copy_up(self.view, inode, attributes_only=True)
             attributes.setattr(self.view, inode, wanted)
 
     def chmod(self, path: str, mode: int) -> None:
@@ -228,7 +228,7 @@ class Merged:
     def setxattr(self, path: str, name: str, value: bytes, flags: int = 0) -> None:
         with self._request():
             inode = self.walk(path)
-            copyup.copy_up(self.view, inode)
+            copyup.copy_up(self.view, inode, attributes_only=True)
             attributes.setxattr(self.view, inode, os.fsencode(name), value, flags)
 
     def removexattr(self, path: str, name: str) -> None:
@@ -237,7 +237,7 @@ class Merged:
             if name.startswith("user.") and not inode.is_regular and not isinstance(inode, Directory):
                 raise failure(errno.EPERM)  # xattr_permission
             self.view.getxattr(inode, os.fsencode(name))
-            copyup.copy_up(self.view, inode)
+            copyup.copy_up(self.view, inode, attributes_only=True)
             attributes.removexattr(self.view, inode, os.fsencode(name))
 
     def getxattr(self, path: str, name: str) -> bytes:
@@ -335,7 +335,6 @@ def _without_symlink_atime(seen: tuple[object, ...]) -> tuple[object, ...]:
     mode = seen[1]
     assert isinstance(mode, int)
     return (*seen[:9], *seen[10:]) if stat.S_ISLNK(mode) else seen
-
 
 
 _CALLS = frozenset(name for name in vars(Calls) if not name.startswith("_"))

@@ -58,7 +58,7 @@ def test_options_end_at_a_comma_that_nothing_protects(string: str, options: list
     ],
 )
 def test_layers_end_at_a_colon_that_nothing_protects(value: str, layers: tuple[bytes, ...]) -> None:
-    assert lowerdirs(value) == layers
+    assert lowerdirs(value) == (layers, ())
 
 
 @pytest.mark.parametrize("path", [b"/plain", b"/a:b", b"/a,b", b"/a\\", b"\\:,\\", b"/\xff\n ", b'/"q"'])
@@ -72,9 +72,35 @@ def test_an_empty_layer_is_refused(value: str) -> None:
     assert refusal(f"lowerdir={value}").startswith("-o lowerdir: an empty path")
 
 
-def test_data_only_layers_are_refused_as_such() -> None:
-    assert "data-only layers (A::D) are not implemented" in refusal("lowerdir=/a::/d")
-    assert "data-only" in refusal("lowerdir=/a,datadir+=/d")
+@pytest.mark.parametrize(
+    ("options", "data_lowers"),
+    [
+        ("lowerdir=/a:/b::/c::/d", (b"/c", b"/d")), ("lowerdir=/a:/b,datadir+=/c:x,datadir+=/d", (b"/c:x", b"/d")),
+        (r"lowerdir=/a\:/b::/c\:", (b"/c:",)),
+    ],
+)  # fmt: skip
+def test_data_only_layers_come_after_those_that_show(options: str, data_lowers: tuple[bytes, ...]) -> None:
+    parsed = parse([options])
+    assert (parsed.lowers, parsed.data_lowers) in (((b"/a", b"/b"), data_lowers), ((b"/a:/b",), data_lowers))
+    given = with_directories(parse([]), lowers="/a::/c", upper="/u", work="/w")
+    assert (given.lowers, given.data_lowers) == ((b"/a",), (b"/c",))
+
+
+@pytest.mark.parametrize("value", ["/a::/d:/b", "/a::/d:", "::/d", "/a:::/d", "/a::"])
+def test_data_only_layers_that_a_showing_one_follows_are_refused(value: str) -> None:
+    assert refusal(f"lowerdir={value}").startswith("-o lowerdir: an empty path")
+    assert "after data-only layers" in refusal("lowerdir=/a,datadir+=/d,lowerdir+=/b")
+
+
+@pytest.mark.parametrize("option", ["metacopy=on", "verity=on", "verity=require", "datadir+=/d"])
+def test_metacopy_files_and_user_marks_contradict_each_other(option: str) -> None:
+    assert "contradicts userxattr" in refusal(f"lowerdir=/a,userxattr,{option}")
+
+
+def test_metacopy_wants_redirects() -> None:
+    assert "contradicts metacopy=on" in refusal("lowerdir=/a,metacopy=on,redirect_dir=follow")
+    told = policy(parse(["lowerdir=/a,metacopy=on,verity=require"]), privileged=True)
+    assert (told.metacopy, told.verity.value, told.redirect_dir.value) == (True, "require", "on")
 
 
 def test_lowerdir_plus_appends_a_layer_whose_colons_are_its_own() -> None:
@@ -178,8 +204,7 @@ def test_what_was_given_is_kept_for_people() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["index=on", "metacopy=on", "xattr_permissions=1", "xattr_permissions=2",
-     "noacl", "noxattrs", "timeout=5", "uuid=on", "verity=require", "nfs_export=on", "remount"],
+    ["index=on", "xattr_permissions=1", "xattr_permissions=2", "noacl", "noxattrs", "timeout=5", "uuid=on", "nfs_export=on", "remount"],
 )  # fmt: skip
 def test_what_is_not_there_yet_is_refused_and_not_swallowed(option: str) -> None:
     message = refusal(LAYERS, option)

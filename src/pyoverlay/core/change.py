@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import remove_tree
-from pyoverlay.core.copyup import copy_up_directory, mark_impure
+from pyoverlay.core.copyup import copy_up, copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
 from pyoverlay.core.layer import Upper, tolerated
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.view import View, failure
 
 _ACL_DEFAULT = b"system.posix_acl_default"
+_LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold
 
 
 class Caller(NamedTuple):
@@ -108,6 +109,7 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
     open_for_change(view, parent)
     upper = view.upper
     upper.is_dirty = True
+    keep_data_found(view, inode)
     if inode.has_origin:
         mark_impure(view, parent)
     _, from_dirfd, from_name = view.place(inode)
@@ -234,6 +236,44 @@ def exchange_for_whiteout(view: View, parent: Directory, name: bytes) -> None:
     with discarded_on_failure(upper, temporary):
         upper.calls.rename(upper.work_fd, temporary, view.upper_fd(parent), name, syscalls.RENAME_EXCHANGE)
     upper.discard(temporary)
+
+
+def keep_data_found(view: View, inode: Inode) -> None:
+    """Before a metacopy of the upper gets another name: say on it where its data are found, or give it the data (ovl_set_redirect)."""
+    if inode.metacopy is None or inode.parent is None:
+        return
+    if view.policy.redirect_dir is not RedirectDir.ON:
+        copy_up(view, inode)
+        return
+    dirfd = view.upper_fd(inode.parent)
+    redirect = view.upper.getmark(dirfd, inode.name, marks.REDIRECT)
+    if redirect is not None and redirect.startswith(b"/"):
+        return
+    path = path_in_lowers(inode.parent).removesuffix(b"/") + b"/" + (inode.name if redirect is None else redirect)
+    set_redirect(view, dirfd, inode.name, path)
+
+
+def set_redirect(view: View, dirfd: int, name: bytes, redirect: bytes) -> None:
+    """EXDEV: longer than an attribute may be; mv and the like then copy by themselves (ovl_set_redirect)."""
+    try:
+        view.upper.set_mark(dirfd, name, marks.REDIRECT, redirect)
+    except OSError as error:
+        if error.errno in (errno.E2BIG, errno.ERANGE) or (error.errno == errno.ENOSPC and len(redirect) > _LONG_REDIRECT):
+            raise failure(errno.EXDEV) from None
+        raise
+
+
+def path_in_lowers(directory: Directory) -> bytes:
+    """Where the lowers have a directory, from the root: its merged path, each name replaced by the redirect it has (ovl_get_redirect)."""
+    components: list[bytes] = []
+    here: Directory | None = directory
+    while here is not None and here.parent is not None:
+        redirect = here.redirect
+        if redirect is not None and redirect.startswith(b"/"):
+            return b"/".join([redirect, *reversed(components)])
+        components.append(redirect if redirect is not None else here.name)
+        here = here.parent
+    return b"/" + b"/".join(reversed(components))
 
 
 @contextmanager

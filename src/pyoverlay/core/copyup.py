@@ -4,7 +4,8 @@
     fill      the data, and it is on disk before the next step; touches two descriptors and nothing else, so it may run in a thread
     publish   owner, xattrs, origin, mode, times; then one rename makes it appear
 
-Leaving `prepare` without publishing removes what was made: so does every error between. The order within publish is that of
+Leaving `prepare` without publishing removes what was made: so does every error between. With metacopy=on a change of attributes copies
+no data; the file gets them in its place, by the same three steps, before they are first changed. The order within publish is that of
 fs/overlayfs/copy_up.c: chown clears suid, sgid and capabilities even for root, so owner comes first; data moves mtime, so times come last.
 """
 
@@ -16,21 +17,24 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyoverlay.core import marks
-from pyoverlay.core.inode import Directory, Inode, key_of
+from pyoverlay.core import marks, syscalls
+from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Layer, Place, Upper, tolerated
-from pyoverlay.core.policy import Fsync
-from pyoverlay.core.view import UPPER, View, failure
+from pyoverlay.core.policy import Fsync, Verity
+from pyoverlay.core.view import View, failure
 
 _BUFFER = 1 << 20
 
 
 class Copy:
     """A copy-up under way. source: where the lower object lies; st: its attributes; fd: the copy's descriptor, of a regular file,
-    else -1.
+    else -1. metacopy: where the data stay, of one that copies attributes alone. completes: it is the upper's metacopy that gets its data.
     """
 
-    __slots__ = ("fd", "inode", "is_cancelled", "is_published", "size", "source", "source_fd", "st", "temporary", "upper")
+    __slots__ = (
+        "capability", "completes", "fd", "inode", "is_cancelled", "is_published", "metacopy", "size", "source", "source_fd", "st",
+        "temporary", "upper",
+    )  # fmt: skip
 
     def __init__(self, upper: Upper, inode: Inode, source: Place, st: os.stat_result, size: int) -> None:
         self.upper = upper
@@ -41,6 +45,9 @@ class Copy:
         self.temporary = upper.temporary()
         self.fd = -1
         self.source_fd = -1
+        self.metacopy: Data | None = None
+        self.completes = False
+        self.capability: bytes | None = None  # that the file must have again when its data are there
         self.is_published = False
         self.is_cancelled = False  # set from another thread: fill ends with EINTR
 
@@ -50,22 +57,33 @@ class Copy:
         return self.size < self.st.st_size
 
 
-def copy_up(view: View, inode: Inode, size: int | None = None) -> bool:
-    """All three steps in a row. size: only so much of the data, for a truncation; returns whether that is thereby done."""
-    if inode.in_upper:
+def is_done(view: View, inode: Inode, *, attributes_only: bool) -> bool:
+    """Is as much in the upper as a change needs: of one that leaves the data alone, the attributes?"""
+    return inode.in_upper and (attributes_only or view.has_upper_data(inode))
+
+
+def copy_up(view: View, inode: Inode, size: int | None = None, *, attributes_only: bool = False) -> bool:
+    """All three steps in a row. size: only so much of the data, for a truncation; returns whether that is thereby done. attributes_only:
+    none of the data, where metacopy=on.
+    """
+    if is_done(view, inode, attributes_only=attributes_only):
         return False
     if isinstance(inode, Directory):
         copy_up_directory(view, inode)
         return False
-    with prepare(view, inode, size) as copy:
+    with prepare(view, inode, size, attributes_only=attributes_only) as copy:
         fill(copy)
         publish(view, copy)
     return copy.is_truncation
 
 
 @contextmanager
-def prepare(view: View, inode: Inode, size: int | None = None) -> Iterator[Copy]:
+def prepare(view: View, inode: Inode, size: int | None = None, *, attributes_only: bool = False) -> Iterator[Copy]:
     """Copy up the directories above, and make the copy in the work directory, without data. EOVERFLOW: it belongs to nobody (`owners`)."""
+    if inode.in_upper:
+        with _prepare_data(view, inode, size) as copy:
+            yield copy
+        return
     upper = view.upper
     view.require_owner(inode)
     if inode.parent is not None:
@@ -74,7 +92,7 @@ def prepare(view: View, inode: Inode, size: int | None = None) -> Iterator[Copy]
     copy = Copy(upper, inode, view.lower_place(inode), st, st.st_size if size is None else min(size, st.st_size))
     upper.is_dirty = True
     try:
-        _make(copy, view)
+        _make(copy, view, attributes_only=attributes_only)
         yield copy
     finally:
         if not copy.is_published:
@@ -85,11 +103,16 @@ def prepare(view: View, inode: Inode, size: int | None = None) -> Iterator[Copy]
             os.close(copy.source_fd)
 
 
-def _make(copy: Copy, view: View) -> None:
+def _make(copy: Copy, view: View, *, attributes_only: bool) -> None:
     upper, st = copy.upper, copy.st
     if stat.S_ISREG(st.st_mode):
         copy.source_fd = os.dup(view.data_fd(copy.inode))
+        if attributes_only:
+            copy.metacopy = _metacopy(view, copy)
         copy.fd = upper.calls.open(copy.temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600, upper.work_fd)
+        if copy.metacopy is not None:
+            upper.set_mark(upper.work_fd, copy.temporary, marks.METACOPY, copy.metacopy.mark)
+            upper.calls.ftruncate(copy.fd, st.st_size)
     elif stat.S_ISLNK(st.st_mode):
         upper.calls.symlink(copy.source.layer.readlink(copy.source.dirfd, copy.source.name), copy.temporary, upper.work_fd)
     else:
@@ -98,13 +121,76 @@ def _make(copy: Copy, view: View) -> None:
         upper.calls.mknod(copy.temporary, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, upper.work_fd)
 
 
+def _metacopy(view: View, copy: Copy) -> Data | None:
+    """Where the data of a lower file may stay; None: they must be copied (ovl_need_meta_copy_up)."""
+    inode, policy = copy.inode, view.policy
+    if not policy.metacopy or inode.parent is None or inode.lower_dir is None or not copy.st.st_size:
+        return None
+    digest = syscalls.measure_verity(copy.source_fd) if policy.verity is not Verity.OFF else None
+    if digest is None and policy.verity is Verity.REQUIRE:
+        return None
+    mark = marks.encode_metacopy(None if digest is None else marks.Digest(*digest))
+    return (inode.metacopy or Data(inode.lower_dir, inode.lower_name))._replace(mark=mark)
+
+
+@contextmanager
+def _prepare_data(view: View, inode: Inode, size: int | None) -> Iterator[Copy]:
+    """A metacopy of the upper gets its data where it is: it stays a metacopy until they are all there (ovl_copy_up_meta_inode_data)."""
+    upper = view.upper
+    st = view.stat(inode)
+    place = view.place(inode)
+    # A shorter file with the mark is one that the kernel's overlay reads past its end, so what a truncation leaves over is copied too. Of a
+    # file that is emptied nothing is: a kill between its last two calls shows that kernel no bytes and, to who reads, the old ones.
+    copy = Copy(upper, inode, place, st, 0 if size == 0 else st.st_size)
+    copy.completes = True
+    upper.is_dirty = True
+    try:
+        copy.source_fd = os.dup(view.data_fd(inode))
+        copy.fd = upper.open_write(place.dirfd, place.name) if place.name else upper.open_pinned(place.dirfd, os.O_RDWR)
+        copy.capability = upper.getxattr(copy.fd, b"", CAPABILITY)
+        yield copy
+    finally:
+        try:
+            if copy.fd >= 0 and not copy.is_published:
+                _take_back(copy)
+        finally:
+            for fd in (copy.source_fd, -1 if copy.is_published else copy.fd):
+                if fd >= 0:
+                    os.close(fd)
+
+
+def _take_back(copy: Copy) -> None:
+    """The hole that it was, at the time that it had."""
+    calls, st = copy.upper.calls, copy.st
+    with tolerated("a file whose data could not be copied up keeps some of them, unseen, and the time of that"):
+        calls.ftruncate(copy.fd, 0)
+        calls.ftruncate(copy.fd, st.st_size)
+        calls.utimens(copy.fd, b"", st.st_atime_ns, st.st_mtime_ns)
+
+
+def _publish_data(view: View, copy: Copy) -> None:
+    """What writing took away is put back; then the mark goes, and what was a hole is the file's data."""
+    upper, inode, st = copy.upper, copy.inode, copy.st
+    if copy.capability is not None:
+        upper.calls.setxattr(copy.fd, b"", CAPABILITY, copy.capability, 0)
+    if os.fstat(copy.fd).st_mode != st.st_mode:
+        upper.calls.chmod(copy.fd, b"", stat.S_IMODE(st.st_mode))
+    upper.calls.utimens(copy.fd, b"", st.st_atime_ns, None if copy.is_truncation else st.st_mtime_ns)
+    upper.calls.removexattr(copy.fd, b"", upper.mark_prefix + marks.METACOPY)
+    copy.is_published = True
+    inode.metacopy = None
+    view.set_data_fd(inode, copy.fd, is_writable=True)
+
+
 def fill(copy: Copy) -> None:
     """Copy the data, holes as holes, and have it on disk. Raises what reading and writing raise; EINTR when cancelled."""
     if copy.fd < 0:
         return
-    if copy.size:
-        if copy.is_truncation or not _clone(copy):
-            _copy_extents(copy)
+    if copy.metacopy is not None:
+        return
+    if copy.size and (copy.is_truncation or not _clone(copy)):
+        _copy_extents(copy)
+    if copy.size or copy.completes:
         copy.upper.calls.ftruncate(copy.fd, copy.size)
     _order(copy)
 
@@ -175,9 +261,12 @@ def publish(view: View, copy: Copy) -> None:
     Of a lower object with several names, those that were looked up all lead to the copy, on disk as well: the kernel without an index
     leaves the others the old data.
     """
+    if copy.completes:
+        _publish_data(view, copy)
+        return
     inode, upper = copy.inode, copy.upper
     copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
-    origin = view.origin_of(copy.source) if inode.parent is not None else None
+    origin = view.origins.of(copy.source) if inode.parent is not None else None
     copy_attributes(upper, copy.source, copy.st, copy.temporary, origin, keeps_mtime=not copy.is_truncation)
     real = os.fstat(copy.fd) if copy.fd >= 0 else os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
     if inode.parent is None:
@@ -239,7 +328,10 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
     copy.inode.in_upper = True
     copy.inode.has_origin = True
     view.table.add_key(copy.inode, key_of(UPPER, real.st_ino))
-    if copy.fd >= 0:
+    copy.inode.metacopy = copy.metacopy
+    if copy.metacopy is not None:
+        os.close(copy.fd)  # who reads goes on with the data's own
+    elif copy.fd >= 0:
         view.set_data_fd(copy.inode, copy.fd, is_writable=True)
 
 
@@ -313,7 +405,7 @@ def _copy_up_one(view: View, directory: Directory) -> None:
     upper.is_dirty = True
     try:
         upper.calls.mkdir(copy.temporary, 0o700, upper.work_fd)
-        origin = view.origin_of(source)
+        origin = view.origins.of(source)
         copy_attributes(upper, copy.source, copy.st, copy.temporary, origin)
         if origin is not None:
             mark_impure(view, parent)

@@ -21,14 +21,17 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pyoverlay.core.layer import Held, LowerDir
 
 log = logging.getLogger(__name__)
 
 ROOT_INO = 1
+UPPER = 0  # the upper's layer index
 _FS_SHIFT = 52
 _RESERVED = 1 << 62
+REFUSED_INO = (1 << 63) - 1  # of what shows as a name and no more; no object's
 _LAYERS = 1024  # more than the 500 of the kernel
 
 Key = int
@@ -37,6 +40,17 @@ Key = int
 def key_of(layer: int, real_ino: int) -> Key:
     """What a real object is known by: its layer's index and its number there. 0 is the upper."""
     return real_ino * _LAYERS + layer
+
+
+class Data(NamedTuple):
+    """Where the data of a metacopy file lie: under a name in a directory of a lower; or, with no directory, at a path in one of the
+    data-only layers, which nobody looked up yet. mark: the value of the file's `metacopy`.
+    """
+
+    directory: LowerDir | None
+    name: bytes
+    path: tuple[bytes, ...] = ()
+    mark: bytes = b""
 
 
 class Inode(Held):
@@ -49,7 +63,8 @@ class Inode(Held):
     upper's.
     kept_name: a link of the upper object in the work directory, while names of its lower object show that may yet want one in the upper.
     has_origin: its number is that of a lower object, so that a directory of the upper that it enters is impure.
-    fd: a data descriptor of the upper object if in_upper, else of the lower one.
+    metacopy: where its data lie, if they are not with the rest of it. fd: a data descriptor: of those data; else of the upper object if
+    in_upper, else of the lower one.
     """
 
     __slots__ = (
@@ -64,6 +79,7 @@ class Inode(Held):
         "lower_dir",
         "lower_links",
         "lower_name",
+        "metacopy",
         "name",
         "nlookup",
         "parent",
@@ -84,6 +100,7 @@ class Inode(Held):
         self.lower_name = b""
         self.lower_links = 0
         self.is_writable = False
+        self.metacopy: Data | None = None
         self.pin = -1
         self.kept_name = b""
         self.keys: tuple[Key, ...] = ()

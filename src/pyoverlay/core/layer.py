@@ -220,16 +220,6 @@ class Layer:
         """One of the overlay's own marks, in this mount's spelling."""
         return self.getxattr(dirfd, name, self.mark_prefix + mark)
 
-    def is_metacopy(self, fd: int) -> bool:
-        """Does an open file bear the mark that its data still lie in a lower?"""
-        try:
-            os.getxattr(fd, self.mark_prefix + marks.METACOPY)
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return False
-            raise
-        return True
-
     def listmarks(self, dirfd: int, name: bytes) -> frozenset[bytes]:
         """Which marks a name bears. One system call where most names bear none."""
         prefix = self.mark_prefix

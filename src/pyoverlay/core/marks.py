@@ -31,6 +31,7 @@ OPAQUE, REDIRECT, ORIGIN, IMPURE, METACOPY, WHITEOUT = b"opaque", b"redirect", b
 
 _ESCAPE = b"overlay."
 
+_METACOPY_HEADER = struct.Struct("BBBB")  # struct ovl_metacopy: version, len, flags, digest_algo
 _FB_HEADER = struct.Struct("BBBBB16s")  # struct ovl_fb: version, magic, len, flags, type, uuid
 _FB_MAGIC = 0xFB
 _BIG_ENDIAN, _ANY_ENDIAN, _PATH_UPPER = 1, 2, 4  # OVL_FH_FLAG_*
@@ -75,6 +76,44 @@ def decode_origin(value: bytes) -> Origin | None:
     if not flags & _ANY_ENDIAN and flags & _BIG_ENDIAN != _FB_CPU_ENDIAN:
         return None
     return Origin(uuid, FileHandle(kind, value[_FB_HEADER.size : length]), bool(flags & _PATH_UPPER))
+
+
+def may_be_metacopy(st: os.stat_result) -> bool:
+    """Could the data lie elsewhere? What is here is then a hole. Only the `metacopy` mark can tell, and a file that escapes this
+    question is asked when it is opened.
+    """
+    return st.st_blocks * 512 < st.st_size and stat.S_ISREG(st.st_mode)
+
+
+def check_metacopy(value: bytes) -> None:
+    """EIO if this is no metacopy mark: it is empty or a struct ovl_metacopy (ovl_check_metacopy_xattr)."""
+    if 0 < len(value) < _METACOPY_HEADER.size:
+        raise OSError(errno.EIO, "invalid metacopy mark")
+
+
+class Digest(NamedTuple):
+    """An fs-verity digest: the number of its algorithm (FS_VERITY_HASH_ALG_*) and its bytes."""
+
+    algorithm: int
+    value: bytes
+
+
+def encode_metacopy(digest: Digest | None) -> bytes:
+    """struct ovl_metacopy of fs/overlayfs/overlayfs.h; empty without a digest, as the kernel writes it."""
+    if digest is None:
+        return b""
+    return _METACOPY_HEADER.pack(0, _METACOPY_HEADER.size + len(digest.value), 0, digest.algorithm) + digest.value
+
+
+def decode_metacopy(value: bytes) -> Digest | None:
+    """The digest that a metacopy mark demands; None: it demands none. EIO: malformed, or of a later version."""
+    if not value:
+        return None
+    check_metacopy(value)
+    version, length, _, algorithm = _METACOPY_HEADER.unpack_from(value)
+    if version or length != len(value):
+        raise OSError(errno.EIO, "invalid metacopy mark")
+    return Digest(algorithm, value[_METACOPY_HEADER.size :]) if algorithm else None
 
 
 def check_redirect(value: bytes) -> bytes:

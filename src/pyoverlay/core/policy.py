@@ -49,6 +49,14 @@ class IdRange(NamedTuple):
     length: int
 
 
+class Verity(Enum):
+    """`verity=`: what is asked of the fs-verity digest that a metacopy file demands of its data."""
+
+    OFF = "off"  # not looked at
+    ON = "on"  # demanded and not there: EIO
+    REQUIRE = "require"  # as ON, and a metacopy file that demands none is EIO
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The choices of one mount.
@@ -57,12 +65,14 @@ class Policy:
     read_only: there is no upper.
     privileged: the process has the capabilities a mount of the initial user namespace gives (layers are cloned, owners are set).
     uid_map, gid_map: ranges that do not overlap, on neither side; none: ids are kept.
+    metacopy: a change of attributes alone copies no data up. verity: see there.
     squash_uid, squash_gid: every object belongs to this id in the merged view; None: ids are kept.
     """
 
     userxattr: bool = False
     redirect_dir: RedirectDir = RedirectDir.ON
     metacopy: bool = False
+    verity: Verity = Verity.OFF
     index: bool = False
     whiteouts: Whiteouts = Whiteouts.AUTO
     fsync: Fsync = Fsync.ORDERED

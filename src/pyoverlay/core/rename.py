@@ -12,15 +12,24 @@ import os
 from typing import NamedTuple
 
 from pyoverlay.core import marks
-from pyoverlay.core.change import exchange_for_whiteout, has_lower, in_upper, kept_alive, lower_name_gone, put_whiteout, ready_for_whiteouts
+from pyoverlay.core.change import (
+    exchange_for_whiteout,
+    has_lower,
+    in_upper,
+    keep_data_found,
+    kept_alive,
+    lower_name_gone,
+    path_in_lowers,
+    put_whiteout,
+    ready_for_whiteouts,
+    set_redirect,
+)  # fmt: skip
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
-from pyoverlay.core.inode import Directory, Inode, Listing, key_of
+from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from pyoverlay.core.view import UPPER, View, failure
-
-_LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold
+from pyoverlay.core.view import View, failure
 
 
 class Entry(NamedTuple):
@@ -100,7 +109,7 @@ def _bring_up(view: View, entry: Entry, inode: Inode) -> None:
     if not inode.in_upper and inode.parent is None:
         raise failure(errno.ESTALE)
     if not inode.in_upper:
-        copy_up(view, inode)
+        copy_up(view, inode, attributes_only=True)
     copy_up_directory(view, entry.parent)
     if isinstance(inode, Directory) or in_upper(view, entry.parent, entry.name):
         return
@@ -119,6 +128,8 @@ def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None
         elif to.lowers and not inode.is_opaque:
             view.upper.set_mark(view.upper_fd(inode), b".", marks.OPAQUE, b"y")
             inode.is_opaque = True
+    else:
+        keep_data_found(view, inode)
     if inode.has_origin and to is not entry.parent:
         mark_impure(view, to)
 
@@ -128,27 +139,8 @@ def _set_redirect(view: View, directory: Directory, entry: Entry, *, is_same_par
     if directory.redirect is not None and (is_same_parent or directory.redirect.startswith(b"/")):
         return
     redirect = entry.name if is_same_parent else path_in_lowers(directory)
-    try:
-        view.upper.set_mark(view.upper_fd(directory), b".", marks.REDIRECT, redirect)
-    except OSError as error:
-        # A path longer than an attribute may be: with EXDEV, mv and the like copy the tree themselves (ovl_set_redirect).
-        if error.errno in (errno.E2BIG, errno.ERANGE) or (error.errno == errno.ENOSPC and len(redirect) > _LONG_REDIRECT):
-            raise failure(errno.EXDEV) from None
-        raise
+    set_redirect(view, view.upper_fd(directory), b".", redirect)
     directory.redirect = redirect
-
-
-def path_in_lowers(directory: Directory) -> bytes:
-    """Where the lowers have a directory, from the root: its merged path, each name replaced by the redirect it has (ovl_get_redirect)."""
-    components: list[bytes] = []
-    here: Directory | None = directory
-    while here is not None and here.parent is not None:
-        redirect = here.redirect
-        if redirect is not None and redirect.startswith(b"/"):
-            return b"/".join([redirect, *reversed(components)])
-        components.append(redirect if redirect is not None else here.name)
-        here = here.parent
-    return b"/" + b"/".join(reversed(components))
 
 
 def _replace(view: View, old: Entry, new: Entry) -> None:

@@ -22,11 +22,19 @@ _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_UPPER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # syncfs(2) refuses O_PATH
 
 
-def open_view(lowers: Sequence[bytes], upper: bytes | None, work: bytes | None, policy: Policy, calls: Calls | None = None) -> View:
+def open_view(
+    lowers: Sequence[bytes],
+    upper: bytes | None,
+    work: bytes | None,
+    policy: Policy,
+    calls: Calls | None = None,
+    data_layers: Sequence[bytes] = (),
+) -> View:
     """Open the layers, from the top, and clear what an earlier mount left in the work directory.
 
-    Paths are absolute. calls: by which the upper is changed. Raises OSError with the path as its filename: what open(2) raises, EXDEV
-    (upper and work on two mounts), EROFS, EPERM or EOPNOTSUPP (no extended attributes in the work directory).
+    calls: by which the upper is changed. data_layers: lowers below these that show nothing but data of metacopy files. Paths are absolute.
+    Raises OSError with the path as its filename: what open(2) raises, EXDEV (upper and work on two mounts), EROFS, EPERM or EOPNOTSUPP (no
+    extended attributes in the work directory).
     """
     cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
     prefix = marks.USER if policy.userxattr else marks.TRUSTED
@@ -38,13 +46,14 @@ def open_view(lowers: Sequence[bytes], upper: bytes | None, work: bytes | None, 
             upper_layer = _open_upper(upper, work, policy, prefix, cache, filesystems, calls or Calls())
             opened.append(upper_layer)
         lower_layers: list[Lower] = []
-        for index, path in enumerate(lowers, start=1):
+        for index, path in enumerate((*lowers, *data_layers), start=1):
             root, is_clone = _open_lower(path, policy)
             fs = _filesystem(root, filesystems)
             lower = Lower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
             lower_layers.append(lower)
             opened.append(lower)
-        return View(tuple(lower_layers), upper_layer, policy, cache, _masked(upper, work))
+        shown, data = tuple(lower_layers[: len(lowers)]), tuple(lower_layers[len(lowers) :])
+        return View(shown, upper_layer, policy, cache, _masked(upper, work), data)
     except OSError:
         for layer in opened:
             layer.close()

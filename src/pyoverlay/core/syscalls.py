@@ -29,6 +29,7 @@ RESOLVE_BENEATH = 0x08
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 FICLONE = 0x40049409
 FS_IOC_GETFSUUID = 0x80111500
+FS_IOC_MEASURE_VERITY = 0xC0046686  # include/uapi/linux/fsverity.h
 
 # include/uapi/linux/mount.h
 OPEN_TREE_CLONE = 1
@@ -214,6 +215,18 @@ def open_by_handle_at(mount_fd: int, handle: FileHandle, flags: int) -> int:
     if fd < 0:
         raise _failed()
     return fd
+
+
+def measure_verity(fd: int) -> tuple[int, bytes] | None:
+    """FS_IOC_MEASURE_VERITY: (algorithm, digest) of a file; None where it has no fs-verity, or its file system or the kernel has none."""
+    try:
+        reply = fcntl.ioctl(fd, FS_IOC_MEASURE_VERITY, struct.pack("HH", 0, 64) + bytes(64))
+    except OSError as error:
+        if error.errno in (61, 25, 95, 38):  # ENODATA, ENOTTY, EOPNOTSUPP, ENOSYS
+            return None
+        raise
+    algorithm, size = struct.unpack_from("HH", reply)
+    return algorithm, reply[4 : 4 + size]
 
 
 def filesystem_uuid(fd: int) -> bytes:

@@ -13,27 +13,19 @@ import logging
 import os
 import stat
 from collections.abc import Callable
-from typing import NamedTuple
 
-from pyoverlay.core import marks, syscalls
-from pyoverlay.core.inode import ROOT_INO, Directory, Inode, InodeTable, Key, Listing, key_of
-from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, closed_on_failure, readable_dir
+from pyoverlay.core import marks
+from pyoverlay.core.inode import ROOT_INO, UPPER, Data, Directory, Inode, InodeTable, Key, Listing, key_of
+from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, closed_on_failure
+from pyoverlay.core.merge import Merge
+from pyoverlay.core.metacopy import DataFiles
+from pyoverlay.core.origins import Origins
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy
 
 log = logging.getLogger(__name__)
 
-UPPER = 0  # the upper's layer index
-
-
-class _Step(NamedTuple):
-    """What one layer has to say of a directory: it is there or not; whether the layers below count; under which names they are asked."""
-
-    directory: LowerDir | None
-    st: os.stat_result | None
-    hides_below: bool
-    names: tuple[bytes, ...]
-    from_root: bool
+_MAX_REPORTED = 1000  # paths whose refusal was logged: each is logged once
 
 
 def failure(code: int) -> OSError:
@@ -44,14 +36,22 @@ def failure(code: int) -> OSError:
 class View:
     """The layers as one tree.
 
-    lowers: from the top. upper: None in a read-only mount. masked: (st_dev, st_ino) of the directories that show empty inside a lower:
-    our own upper and work directory. The layers and the cache are owned: `close` closes them.
+    lowers: from the top. data_layers: those below them, of which nothing shows but the data of metacopy files. upper: None in a read-only
+    mount. masked: (st_dev, st_ino) of the directories that show empty inside a lower: our own upper and work directory. The layers and the
+    cache are owned: `close` closes them.
     """
 
     def __init__(
-        self, lowers: tuple[Lower, ...], upper: Upper | None, policy: Policy, cache: DescriptorCache, masked: frozenset[tuple[int, int]]
+        self,
+        lowers: tuple[Lower, ...],
+        upper: Upper | None,
+        policy: Policy,
+        cache: DescriptorCache,
+        masked: frozenset[tuple[int, int]],
+        data_layers: tuple[Lower, ...] = (),
     ) -> None:
         self.lowers = lowers
+        self.data_files = DataFiles(data_layers, policy.verity)
         self.policy = policy
         self.owners = Owners(policy)
         self.cache = cache
@@ -59,16 +59,13 @@ class View:
         self.after_open: Callable[[Inode], None] | None = None  # told of each data descriptor that appears or starts to write
         self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
         self._upper = upper
-        self._masked = masked
-        self._follows_redirects = policy.redirect_dir.is_followed and not policy.userxattr
-        # For file handles: the uuid of each file system that lowers lie on, and a descriptor there.
-        self._filesystems: dict[int, tuple[bytes, int]] = {}
-        for lower in lowers:
-            if lower.fs not in self._filesystems:
-                fd = readable_dir(lower.root_fd)
-                self._filesystems[lower.fs] = (syscalls.filesystem_uuid(fd), fd)
+        self._reported: set[bytes] = set()
+        self.origins = Origins(lowers)
+        roots = tuple(lower.root for lower in lowers)
+        follows = policy.redirect_dir.is_followed and not policy.userxattr
+        self._merge = Merge(roots, has_data_layers=bool(data_layers), follows=follows, masked=masked)
         self.name_max = max(os.statvfs(layer.root_fd).f_namemax for layer in (*lowers, *([upper] if upper is not None else [])))
-        self.root = Directory(ROOT_INO, tuple(lower.root for lower in lowers))
+        self.root = Directory(ROOT_INO, roots)
         self.root.in_upper = upper is not None
         self.root.has_xattr_whiteouts = upper is not None and upper.getmark(upper.root_fd, b".", marks.OPAQUE) == b"x"
         self.root.nlookup = 1
@@ -100,9 +97,8 @@ class View:
                 inode.pin = -1
             if inode.kept_name:
                 self.upper.discard(inode.kept_name)
-        for _, fd in self._filesystems.values():
-            os.close(fd)
-        self._filesystems = {}
+        self.origins.close()
+        self.data_files.close()
         for layer in (*self.lowers, *([self._upper] if self._upper is not None else [])):
             layer.close()
 
@@ -196,33 +192,67 @@ class View:
 
     def is_memory(self, inode: Inode) -> bool:
         """Do the object's data lie in memory, so that reading them never waits?"""
+        if inode.metacopy is not None:
+            return inode.metacopy.directory is not None and inode.metacopy.directory.layer.is_memory
         if inode.in_upper:
             return self.upper.is_memory
         return inode.lower_dir is not None and inode.lower_dir.layer.is_memory
 
     def data_fd(self, inode: Inode, *, write: bool = False) -> int:
-        """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none.
+        """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none, or not the data.
 
-        EACCES: for writing, of what belongs to nobody (`owners`). EPERM: the data lies elsewhere (metacopy), which is not followed here;
-        the kernel answers so with metacopy=off. What this file itself holds is a hole.
+        EACCES: for writing, of what belongs to nobody (`owners`). EPERM: it is a metacopy, and such are not followed; EIO: its data are not
+        there, or not those whose digest it demands.
         """
         if inode.fd >= 0 and (inode.is_writable or not write):
             inode.is_recent = True
             return inode.fd
         if not inode.is_regular:
             raise failure(errno.EISDIR if isinstance(inode, Directory) else errno.EINVAL)
+        if write and not inode.in_upper:
+            raise failure(errno.EROFS)
+        fd = self._open_own(inode, write=write) if inode.metacopy is None else -1
+        if fd >= 0:
+            return self.set_data_fd(inode, fd, is_writable=write)
+        if write or inode.metacopy is None:
+            raise failure(errno.EROFS)
+        return self.set_data_fd(inode, self.data_files.open(inode.metacopy), is_writable=False)
+
+    def has_upper_data(self, inode: Inode) -> bool:
+        """Is all of the object in the upper, its data too, so that they may be changed?"""
+        if inode.in_upper and inode.is_regular and inode.metacopy is None and not inode.is_writable:
+            fd = self._open_own(inode, write=True)
+            if fd >= 0:
+                self.set_data_fd(inode, fd, is_writable=True)
+        return inode.in_upper and inode.metacopy is None
+
+    def _open_own(self, inode: Inode, *, write: bool) -> int:
+        """Descriptor of a regular file where its attributes are; -1: it turned out to be a metacopy, and is noted as one."""
         layer, dirfd, name = self.place(inode)
         if not write:
             fd = layer.open_read(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDONLY)
-        elif not inode.in_upper:
-            raise failure(errno.EROFS)
         else:
             self.require_owner(inode, errno.EACCES)
             fd = self.upper.open_write(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDWR)
         with closed_on_failure(fd):
-            if layer.is_metacopy(fd):
-                raise failure(errno.EPERM)
-        return self.set_data_fd(inode, fd, is_writable=write)
+            mark = layer.getmark(fd, b"", marks.METACOPY)
+            if mark is None:
+                return fd
+            if inode.parent is None:
+                raise failure(errno.EIO)
+            parents = inode.parent.lowers
+            if inode.lower_dir is not None and not inode.in_upper:
+                parents = tuple(lower for lower in parents if lower.layer.index > layer.index)
+            inode.metacopy = self._merge.data(layer, dirfd, name, mark, parents)
+        os.close(fd)
+        return -1
+
+    def own_fd(self, inode: Inode) -> int:
+        """A descriptor, to be closed, of a regular file itself, wherever its data are."""
+        if inode.metacopy is None:
+            return os.dup(self.data_fd(inode, write=inode.in_upper))
+        layer, dirfd, name = self.place(inode)
+        return layer.open_read(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDONLY)
 
     def set_data_fd(self, inode: Inode, fd: int, *, is_writable: bool) -> int:
         """Keep this as the inode's descriptor, under the number it has if it has one: a reader in a thread goes on with the new file."""
@@ -239,9 +269,9 @@ class View:
     # -- attributes
 
     def stat(self, inode: Inode) -> os.stat_result:
-        """What the real object says; `nlink` says what differs."""
+        """What the real object says; `nlink` and `blocks` say what differs."""
         if inode.in_upper:
-            fd = inode.fd if inode.fd >= 0 else inode.pin
+            fd = inode.fd if inode.fd >= 0 and inode.metacopy is None else inode.pin
             if fd >= 0:
                 return os.fstat(fd)
         layer, dirfd, name = self.place(inode)
@@ -264,6 +294,10 @@ class View:
                 return 0
             return st.st_nlink if len(inode.lowers) + inode.in_upper == 1 else 1
         return st.st_nlink + inode.lower_links - bool(inode.kept_name) if inode.in_upper else inode.lower_links
+
+    def blocks(self, inode: Inode, st: os.stat_result) -> int:
+        """Blocks of 512 bytes: those of the data."""
+        return st.st_blocks if inode.metacopy is None else self.data_files.blocks(inode.metacopy, st)
 
     def readlink(self, inode: Inode) -> bytes:
         layer, dirfd, name = self.place(inode)
@@ -297,7 +331,10 @@ class View:
     # -- lookup
 
     def lookup(self, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result] | None:
-        """The object that a name stands for, with its attributes; None: there is none. ENAMETOOLONG: no layer could hold that name."""
+        """The object that a name stands for, with its attributes; None: there is none. ENAMETOOLONG: no layer could hold that name.
+
+        EPERM, EIO, EINVAL, ESTALE: its marks are refused.
+        """
         if len(name) > self.name_max:
             raise failure(errno.ENAMETOOLONG)
         if parent.listing is not None and name not in parent.listing:
@@ -312,6 +349,18 @@ class View:
                     return None
                 return self._upper_file(parent, name, st), st
         return self.lookup_lower(parent, name)
+
+    def report(self, parent: Directory, name: bytes, error: OSError) -> None:
+        """Log, once for each path, that what a name stands for is refused."""
+        components = [name]
+        here: Directory | None = parent
+        while here is not None and here.parent is not None:
+            components.append(here.name)
+            here = here.parent
+        path = b"/" + b"/".join(reversed(components))
+        if path not in self._reported and len(self._reported) < _MAX_REPORTED:
+            self._reported.add(path)
+            log.warning("%a in the merged view: %s", os.fsdecode(path), error.strerror)
 
     def lookup_lower(self, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result] | None:
         """As lookup, as if the upper had nothing of that name."""
@@ -349,11 +398,11 @@ class View:
         upper, dirfd = self.upper, self.upper_fd(parent)
         found = upper.listmarks(dirfd, name)
         opaque = upper.getmark(dirfd, name, marks.OPAQUE) if marks.OPAQUE in found else None
-        redirect = self._redirect(upper, dirfd, name) if marks.REDIRECT in found else None
+        redirect = self._merge.redirect(upper, dirfd, name) if marks.REDIRECT in found else None
         lowers: tuple[LowerDir, ...] = ()
         first = None
         if opaque != b"y":
-            lowers, first = self._stack_below(parent, name, redirect)
+            lowers, first = self._merge.below(parent.lowers, name, redirect)
         ino = self.table.number(upper.fs, st.st_ino) if first is None else self.table.number(lowers[0].layer.fs, first.st_ino)
         directory = Directory(ino, lowers)
         directory.in_upper = True
@@ -370,7 +419,7 @@ class View:
         known = self._known_directory(key, parent, name)
         if known is not None:
             return known
-        lowers, _ = self._stack(parent.lowers[index:], (name,))
+        lowers, _ = self._merge.stack(parent.lowers[index:], (name,))
         return self._add_directory(Directory(self.table.number(top.fs, st.st_ino), lowers), key, parent, name)
 
     def _known_directory(self, key: Key, parent: Directory, name: bytes) -> Directory | None:
@@ -417,9 +466,11 @@ class View:
         key = key_of(UPPER, st.st_ino)
         inode = self.table.find(key)
         if inode is None:
+            metacopy = self._metacopy(self.upper, self.upper_fd(parent), name, st, parent.lowers)
             ino = self._upper_number(parent, name, st)
             inode = Inode(ino, st.st_mode)
             inode.in_upper = True
+            inode.metacopy = metacopy
             inode.has_origin = ino != self.table.own_number(self.upper.fs, st.st_ino)
             self.table.add(inode, key)
         inode.add_name(parent, name)
@@ -434,7 +485,7 @@ class View:
         if self._is_impure(parent):
             value = self.upper.getmark(self.upper_fd(parent), name, marks.ORIGIN)
             origin = marks.decode_origin(value) if value else None
-            found = self._find_origin(origin) if origin else None
+            found = self.origins.find(origin) if origin else None
             if found is not None and found[1].st_nlink == 1 and stat.S_IFMT(found[1].st_mode) == stat.S_IFMT(st.st_mode):
                 return self.table.number(found[0], found[1].st_ino)
         return self.table.number(self.upper.fs, st.st_ino)
@@ -444,36 +495,15 @@ class View:
             directory.is_impure = self.upper.getmark(self.upper_fd(directory), b".", marks.IMPURE) is not None
         return directory.is_impure
 
-    def origin_of(self, place: Place) -> marks.Origin | None:
-        """What names a lower object on disk for good; None where its file system has no handles."""
-        uuid, _ = self._filesystems[place.layer.fs]
-        try:
-            return marks.Origin(uuid, syscalls.name_to_handle_at(place.dirfd, place.name))
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EOVERFLOW):
-                return None
-            raise
-
-    def _find_origin(self, origin: marks.Origin) -> tuple[int, os.stat_result] | None:
-        """(file system, attributes) of the object that a handle names, or None: gone, of another file system, or we may not ask."""
-        same = [(fs, fd) for fs, (uuid, fd) in self._filesystems.items() if uuid == origin.uuid]
-        if not same:
-            return None
-        fs, mount_fd = same[0]
-        try:
-            fd = syscalls.open_by_handle_at(mount_fd, origin.handle, os.O_PATH)
-        except OSError:
-            return None  # ESTALE: the lower was changed; EPERM: no CAP_DAC_READ_SEARCH. The number is then the upper's own.
-        try:
-            return fs, os.fstat(fd)
-        finally:
-            os.close(fd)
-
     def _lower_file(self, parent: Directory, name: bytes, directory: LowerDir, st: os.stat_result) -> Inode:
         key = key_of(directory.layer.index, st.st_ino)
         inode = self.table.find(key)
         if inode is None:
-            inode = Inode(self.table.number(directory.layer.fs, st.st_ino), st.st_mode)
+            layer = directory.layer
+            below = parent.lowers[parent.lowers.index(directory) + 1 :]
+            metacopy = self._metacopy(layer, layer.dirfd(directory), name, st, below)
+            inode = Inode(self.table.number(layer.fs, st.st_ino), st.st_mode)
+            inode.metacopy = metacopy
             inode.lower_dir, inode.lower_name = directory, name
             inode.lower_links = st.st_nlink
             self.table.add(inode, key)
@@ -481,79 +511,10 @@ class View:
             inode.add_name(parent, name)
         return inode
 
-    # -- merging directories
-
-    def _redirect(self, layer: Layer, dirfd: int, name: bytes) -> bytes:
-        """The redirect of a directory. EPERM where it may not be followed: a user could have written it (ovl_lookup)."""
-        if not self._follows_redirects:
-            raise failure(errno.EPERM)
-        return marks.check_redirect(layer.getmark(dirfd, name, marks.REDIRECT) or b"")
-
-    def _stack_below(self, parent: Directory, name: bytes, redirect: bytes | None) -> tuple[tuple[LowerDir, ...], os.stat_result | None]:
-        """The lower directories under an upper one."""
-        if redirect is None:
-            return self._stack(parent.lowers, (name,))
-        if redirect.startswith(b"/"):
-            return self._stack(self.root.lowers, tuple(redirect[1:].split(b"/")))
-        return self._stack(parent.lowers, (redirect,))
-
-    def _stack(self, parents: tuple[LowerDir, ...], names: tuple[bytes, ...]) -> tuple[tuple[LowerDir, ...], os.stat_result | None]:
-        """The directories of that path under these, from the top, until one hides the rest; and what the first says of itself."""
-        found: list[LowerDir] = []
-        first: os.stat_result | None = None
-        index = 0
-        while index < len(parents):
-            base = parents[index]
-            index += 1
-            step = self._descend(base, names, is_last=index == len(parents))
-            if step.directory is not None:
-                found.append(step.directory)
-                first = first or step.st
-            if step.hides_below:
-                break
-            names = step.names
-            if step.from_root:
-                parents = self.root.lowers
-                index = sum(lower.layer.index <= base.layer.index for lower in parents)
-        return tuple(found), first
-
-    def _descend(self, base: LowerDir, names: tuple[bytes, ...], *, is_last: bool) -> _Step:
-        """Follow a path in one layer, reading on each directory the marks that count for the layers below."""
-        here, layer, below, from_root, hides_below = base, base.layer, names, False, False
-        # The last of these parents may still lead on, by an absolute redirect, to layers that have no such parent; the lowest layer
-        # leads nowhere.
-        has_marks = layer is not self.lowers[-1] if self._follows_redirects else not is_last
-        st: os.stat_result | None = None
-        for place, name in enumerate(names):
-            if not is_last or from_root or here.is_masked:
-                is_there, hides = layer.shows(here, name)
-                hides_below = hides_below or hides
-                if not is_there:
-                    return _Step(None, None, hides_below, below, from_root)
-            st = layer.stat(layer.dirfd(here), name)
-            if st is None:
-                return _Step(None, None, hides_below, below, from_root)
-            if not stat.S_ISDIR(st.st_mode):
-                return _Step(None, None, True, below, from_root)
-            at = layer.dirfd(here)
-            found = layer.listmarks(at, name) if has_marks else frozenset[bytes]()
-            here = LowerDir(layer, here, name, self._is_masked(layer, at, name, st))
-            if marks.OPAQUE in found and layer.getmark(at, name, marks.OPAQUE) == b"y":
-                hides_below = True
-            elif marks.REDIRECT in found:
-                redirect = self._redirect(layer, at, name)
-                is_absolute = redirect.startswith(b"/")
-                head = tuple(redirect[1:].split(b"/")) if is_absolute else (*below[: len(below) - len(names) + place], redirect)
-                below = (*head, *names[place + 1 :])
-                if is_absolute:
-                    # It leads out of whatever an opaque directory above hides (ovl_check_redirect).
-                    from_root, hides_below = True, False
-        return _Step(here, st, hides_below, below, from_root)
-
-    def _is_masked(self, layer: Layer, dirfd: int, name: bytes, st: os.stat_result) -> bool:
-        if (st.st_dev, st.st_ino) in self._masked:
-            return True
-        return not layer.is_clone and syscalls.statx(dirfd, name).is_mount_root
+    def _metacopy(self, layer: Layer, dirfd: int, name: bytes, st: os.stat_result, below: tuple[LowerDir, ...]) -> Data | None:
+        """Where the data of a file lie, if not with the rest of it."""
+        mark = layer.getmark(dirfd, name, marks.METACOPY) if marks.may_be_metacopy(st) else None
+        return self._merge.data(layer, dirfd, name, mark, below) if mark is not None else None
 
     # -- listing
 

@@ -146,6 +146,7 @@ def _absolute(options: Options, here: bytes) -> Options:
     return replace(
         options,
         lowers=tuple(os.path.join(here, lower) for lower in options.lowers),
+        data_lowers=tuple(os.path.join(here, layer) for layer in options.data_lowers),
         upper=None if options.upper is None else os.path.join(here, options.upper),
         work=None if options.work is None else os.path.join(here, options.work),
     )

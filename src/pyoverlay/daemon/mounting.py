@@ -111,9 +111,9 @@ def mount_options(options: Options, lowers: Sequence[Directory], *, privileged: 
 
 
 def _open(layers: Layers, rules: Policy) -> View:
-    lowers = [lower.path for lower in layers.lowers]
+    lowers, data_lowers = ([layer.path for layer in each] for each in (layers.lowers, layers.data_lowers))
     try:
-        return open_view(lowers, _path(layers.upper), _path(layers.work), rules)
+        return open_view(lowers, _path(layers.upper), _path(layers.work), rules, data_layers=data_lowers)
     except OSError as error:
         raise Refusal.of(error, layers.merged.given) from error
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, IdRange, Policy, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, Policy, RedirectDir, Verity, Whiteouts
 from pyoverlay.errors import OptionRefused
 
 MAX_LOWERS = 4096
@@ -26,11 +26,13 @@ DEFAULT_STOP_TIMEOUT = 90.0
 class Options:
     """What a mount was asked for. Paths are bytes as given, neither made absolute nor looked at.
 
-    suid, dev, allow_other, redirect_dir, userxattr: None where the caller left the choice to the privileges of the mount.
-    stop_timeout: seconds that a mount which was told to end serves its last users. given: every option as written, for people.
+    data_lowers: layers that show nothing but data of metacopy files. suid, dev, allow_other, redirect_dir, userxattr: None where the caller
+    left the choice to the privileges of the mount. stop_timeout: seconds that a mount which was told to end serves its last users. given:
+    every option as written, for people.
     """
 
     lowers: tuple[bytes, ...] = ()
+    data_lowers: tuple[bytes, ...] = ()
     upper: bytes | None = None
     work: bytes | None = None
     read_only: bool = False
@@ -46,6 +48,8 @@ class Options:
     allow_other: bool | None = None
     redirect_dir: RedirectDir | None = None
     userxattr: bool | None = None
+    metacopy: bool = False
+    verity: Verity = Verity.OFF
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
     writeback: bool = False
@@ -64,24 +68,29 @@ def parse(strings: Iterable[str]) -> Options:
     """
     given = tuple(option for string in strings for option in split(string))
     fields: dict[str, Any] = {}
-    added: list[bytes] = []
+    lowers: list[bytes] = []
+    data_lowers: list[bytes] = []
     for option in given:
         name, equals, value = option.partition("=")
         if name == "lowerdir":
-            fields["lowers"] = lowerdirs(value)
-            added.clear()
+            lowers, data_lowers = map(list, lowerdirs(value))
+        elif name == "datadir+":
+            data_lowers.append(_path(name, value))
         elif name == "lowerdir+":
-            added.append(_path(name, value))
+            if data_lowers:
+                raise OptionRefused(option, "comes after data-only layers; name the layers that show first")
+            lowers.append(_path(name, value))
         else:
             fields.update(_meaning(option, name, value if equals else None))
-    fields["lowers"] = (*fields.get("lowers", ()), *added)
+    fields |= {"lowers": tuple(lowers), "data_lowers": tuple(data_lowers)}
     return _consistent(Options(**fields, given=given))
 
 
 def with_directories(options: Options, *, lowers: str | None = None, upper: str | None = None, work: str | None = None) -> Options:
     """`options` with the layers that were given as arguments: `lowers` as `A:B`, `upper` and `work` as plain paths."""
     if lowers is not None:
-        options = replace(options, lowers=lowerdirs(lowers))
+        shown, data_only = lowerdirs(lowers)
+        options = replace(options, lowers=shown, data_lowers=(*data_only, *options.data_lowers))
     if upper is not None:
         options = replace(options, upper=_path("upperdir", upper, escaped=False))
     if work is not None:
@@ -94,6 +103,8 @@ def policy(options: Options, *, privileged: bool) -> Policy:
     return Policy(
         userxattr=not privileged if options.userxattr is None else options.userxattr,
         redirect_dir=options.redirect_dir or RedirectDir.ON,
+        metacopy=options.metacopy,
+        verity=options.verity,
         whiteouts=options.whiteouts,
         fsync=options.fsync,
         privileged=privileged,
@@ -116,16 +127,17 @@ def split(string: str) -> list[str]:
     return [option for option in _OPTION.findall(string) if option]
 
 
-def lowerdirs(value: str) -> tuple[bytes, ...]:
-    """The layers of `A:B`, top first. `A::D` (data-only layers) is read and refused until metacopy files are followed."""
+def lowerdirs(value: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """The layers of `A:B::C::D`, top first: those that show, and the data-only ones, each after a `::`."""
     parts = value.split(":") if "\\" not in value else _colon_separated(value)
-    if "" in parts[1:-1]:
-        raise OptionRefused("lowerdir", "data-only layers (A::D) are not implemented; list the directory as an ordinary layer")
-    if "" in parts:
-        raise OptionRefused("lowerdir", "an empty path among the layers; write A:B, and `\\:` for a colon in a name")
-    if len(parts) > MAX_LOWERS:
-        raise OptionRefused("lowerdir", f"{len(parts)} layers; at most {MAX_LOWERS} are taken")
-    return tuple(_path("lowerdir", part) for part in parts)
+    shown = parts[: parts.index("")] if "" in parts else parts
+    rest = parts[len(shown) :]
+    if not shown or "" in rest[1::2] or any(rest[::2]) or len(rest) % 2:
+        reason = "an empty path among the layers; write A:B, or A::D for a data-only layer below, and `\\:` for a colon in a name"
+        raise OptionRefused("lowerdir", reason)
+    if len(parts) - len(rest) // 2 > MAX_LOWERS:
+        raise OptionRefused("lowerdir", f"{len(parts) - len(rest) // 2} layers; at most {MAX_LOWERS} are taken")
+    return tuple(_path("lowerdir", part) for part in shown), tuple(_path("lowerdir", part) for part in rest[1::2])
 
 
 def _colon_separated(value: str) -> list[str]:
@@ -297,9 +309,9 @@ _VALUES: dict[str, Meaning] = {
     "xino": _only(("on", "off", "auto"), (), ""),
     "uuid": _only(("off", "null", "auto"), ("on",), "the upper keeps no identity of its own"),
     "index": _only(("off",), ("on",), "hard links are kept together within a mount, not across mounts"),
-    "metacopy": _only(("off",), ("on",), "a copy-up copies the data"),
+    "metacopy": _one_of("metacopy", {"on": True, "off": False}),
+    "verity": _one_of("verity", {mode.value: mode for mode in Verity}),
     "nfs_export": _only(("off",), ("on",), "file handles do not outlive the mount"),
-    "verity": _only(("off",), ("on", "require"), "digests are not checked"),
     "xattr_permissions": _only(("0",), ("1", "2"), "owner and mode are kept in the inode, not in an xattr"),
     "writeback": _one_of("writeback", {"on": True, "off": False, "1": True, "0": False}),
     "inodes": _only((), (), "the kernel decides how many inodes it remembers"),
@@ -308,7 +320,6 @@ _VALUES: dict[str, Meaning] = {
 _NOT_YET = {
     "noacl": "ACLs are always enforced",
     "noxattrs": "extended attributes are always there",
-    "datadir+": "data-only layers are not read",
     "remount": "a live mount keeps its layers and options; unmount it and mount anew",
 }
 
@@ -338,4 +349,10 @@ def _consistent(options: Options) -> Options:
         raise OptionRefused(
             f"redirect_dir={options.redirect_dir.value}", "contradicts userxattr: a redirect that any user may write is never followed"
         )
+    if options.userxattr and (options.metacopy or options.verity is not Verity.OFF or options.data_lowers):
+        option = "metacopy=on" if options.metacopy else f"verity={options.verity.value}" if options.verity is not Verity.OFF else "datadir+"
+        raise OptionRefused(option, "contradicts userxattr: a metacopy mark that any user may write is never followed")
+    if options.metacopy and options.redirect_dir not in (None, RedirectDir.ON):
+        reason = "contradicts metacopy=on, which finds the data of a renamed file by a redirect"
+        raise OptionRefused(f"redirect_dir={options.redirect_dir.value}", reason)
     return options

@@ -40,6 +40,7 @@ class Layers:
     upper: Directory | None
     work: Directory | None
     merged: Directory
+    data_lowers: tuple[Directory, ...] = ()
 
 
 def examine(options: Options, merged: bytes, held: ExitStack, undo: ExitStack, *, userxattr: bool) -> Layers:
@@ -53,21 +54,22 @@ def examine(options: Options, merged: bytes, held: ExitStack, undo: ExitStack, *
     among = mountinfo.mounts()
     target = _mount_point(merged, held, among)
     lowers = tuple(_directory(path, "lower", held, among) for path in options.lowers)
+    data_lowers = tuple(_directory(path, "data-only layer", held, among) for path in options.data_lowers)
     if options.upper is None:
-        return Layers(lowers, None, None, target)
+        return Layers(lowers, None, None, target, data_lowers)
     upper = _directory(options.upper, "upper", held, among)
     _refuse_read_only(upper, "upper")
     _lock(upper, held, "upper")
     work = _work(options.work, upper, held, undo, among)
     _refuse_read_only(work, "work directory")
-    _refuse_overlap(lowers, upper, work, target)
+    _refuse_overlap((*lowers, *data_lowers), upper, work, target)
     _refuse_other_file_system(upper, work)
     _lock(work, held, "work directory")
     _refuse_kernel_overlay((upper, work), among)
     _refuse_incompatible(work)
     _refuse_without_xattrs(work, userxattr=userxattr)
     _take_back_inner_work(work, undo)
-    return Layers(lowers, upper, work, target)
+    return Layers(lowers, upper, work, target, data_lowers)
 
 
 def is_privileged() -> bool:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, IdRange, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, RedirectDir, Verity, Whiteouts
 from pyoverlay.daemon.options import Options
 
 
@@ -65,7 +65,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-_ENUMS = {"redirect_dir": RedirectDir, "fsync": Fsync, "whiteouts": Whiteouts}
+_ENUMS = {"redirect_dir": RedirectDir, "fsync": Fsync, "whiteouts": Whiteouts, "verity": Verity}
 
 
 def _field(name: str, value: Any) -> Any:
@@ -73,7 +73,7 @@ def _field(name: str, value: Any) -> Any:
         return None
     if name in ("upper", "work"):
         return os.fsencode(value)
-    if name == "lowers":
+    if name in ("lowers", "data_lowers"):
         return tuple(map(os.fsencode, value))
     if name in ("uid_map", "gid_map"):
         return tuple(IdRange(*triple) for triple in value)

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core import rename as renaming
 from pyoverlay.core.change import Caller
-from pyoverlay.core.inode import Directory, Inode
-from pyoverlay.core.policy import Fsync
+from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
+from pyoverlay.core.policy import Fsync, Verity
 from pyoverlay.core.syscalls import RENAME_EXCHANGE
 from pyoverlay.core.view import View, failure
 
@@ -27,9 +27,16 @@ INLINE_COPY = 256 << 10
 SELF_AND_ABOVE = (b".", b"..")  # entries for which the kernel takes no reference
 _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
+_SAID_OF_MARKS = (errno.EIO, errno.EPERM, errno.EINVAL, errno.ESTALE)
 
 Shown = tuple[int, os.stat_result, int, int, int, int]
 """What an object shows: its number, stat, and what differs from that: links, uid, gid, blocks."""
+
+
+# What a listing says of a name whose object is refused: with a type that there is none of, the kernel lists the name and takes no
+# attributes from here, so that it asks for them, and hears the errno.
+_TIMES = dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev"), 0)
+_REFUSED = (Inode(REFUSED_INO, 0), os.stat_result((0,) * 10, _TIMES))
 
 
 class NotAtOnce(Exception):
@@ -49,7 +56,7 @@ class Answers:
         self.owners = None if view.owners.are_kept else view.owners
 
     def shown(self, inode: Inode, st: os.stat_result) -> Shown:
-        uid, gid, blocks = st.st_uid, st.st_gid, st.st_blocks
+        uid, gid, blocks = st.st_uid, st.st_gid, self.view.blocks(inode, st)
         if not blocks and (st.st_size or self.shows_writeback) and inode.is_regular:
             # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
             blocks = 1
@@ -73,33 +80,47 @@ class Answers:
 
     # -- copy-up
 
-    def copy_up(self, inode: Inode, size: int | None = None) -> bool:
-        """The object in the upper. size: no more of the data is wanted; returns whether a truncation to it is thereby done.
+    def copy_up(self, inode: Inode, size: int | None = None, *, attributes_only: bool = False) -> bool:
+        """As much of the object in the upper as a change needs. size: no more of the data is wanted; returns whether a truncation to it is
+        thereby done. attributes_only: none is wanted.
 
         NotAtOnce: it takes a thread, or is being done by one.
         """
-        if inode.in_upper:
-            return False
-        if inode.is_regular and (inode in self.copying or not self._is_quick(inode, size)):
+        if inode in self.copying:
             raise NotAtOnce
-        return copyup.copy_up(self.view, inode, size)
+        if copyup.is_done(self.view, inode, attributes_only=attributes_only):
+            return False
+        if inode.is_regular and not self._is_quick(inode, size, attributes_only=attributes_only):
+            raise NotAtOnce
+        return copyup.copy_up(self.view, inode, size, attributes_only=attributes_only)
 
-    def _is_quick(self, inode: Inode, size: int | None) -> bool:
+    def _is_quick(self, inode: Inode, size: int | None, *, attributes_only: bool) -> bool:
+        if attributes_only and self.view.policy.metacopy and self.view.policy.verity is not Verity.REQUIRE:
+            return True
         if copyup.must_order(self.view.upper):
             return False
         return (size is not None and size <= INLINE_COPY) or self.view.stat(inode).st_size <= INLINE_COPY
 
-    def _copied_up(self, ino: int) -> Inode:
+    def _copied_up(self, ino: int, *, attributes_only: bool = True) -> Inode:
         inode = self.view.inode(ino)
-        self.copy_up(inode)
+        self.copy_up(inode, attributes_only=attributes_only)
         return inode
 
     # -- look-up and attributes
 
     def lookup(self, parent: int, name: bytes) -> Shown | None:
         """None: there is no such name."""
-        found = self.view.lookup(self.view.directory(parent), name)
+        directory = self.view.directory(parent)
+        try:
+            found = self.view.lookup(directory, name)
+        except OSError as error:
+            self._refused(directory, name, error)
+            raise
         return self._looked_up(*found) if found is not None else None
+
+    def _refused(self, parent: Directory, name: bytes, error: OSError) -> None:
+        if error.errno in _SAID_OF_MARKS:
+            self.view.report(parent, name, error)
 
     def forget(self, ino: int, nlookup: int) -> None:
         self.view.forget(ino, nlookup)
@@ -110,7 +131,7 @@ class Answers:
 
     def setattr(self, ino: int, wanted: attributes.Wanted, *, drops_privileges: bool) -> Shown:
         inode = self.view.inode(ino)
-        if self.copy_up(inode, wanted.size):
+        if self.copy_up(inode, wanted.size, attributes_only=wanted.size is None):
             wanted.size = None
         st = attributes.setattr(self.view, inode, wanted)
         if drops_privileges:
@@ -182,7 +203,7 @@ class Answers:
 
     def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         for inode in self.to_copy_up_for_rename(old_parent, old_name, new_parent, new_name, flags):
-            self.copy_up(inode)
+            self.copy_up(inode, attributes_only=True)
         view = self.view
         renaming.rename(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
 
@@ -208,7 +229,7 @@ class Answers:
             return None
         if isinstance(inode, Directory):
             return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.view.upper_fd(inode))
-        return os.dup(self.view.data_fd(inode, write=True))
+        return self.view.own_fd(inode)
 
     # -- directories
 
@@ -223,7 +244,11 @@ class Answers:
             above = directory.parent or directory
             yield _DOTDOT, b"..", above, view.stat(above)
         for place, name in listing.after(max(offset, _DOTDOT)):
-            found = view.lookup(directory, name)
+            try:
+                found = view.lookup(directory, name)
+            except OSError as error:
+                self._refused(directory, name, error)
+                found = _REFUSED
             if found is not None:
                 yield place, name, *found
 

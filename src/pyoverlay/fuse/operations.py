@@ -128,26 +128,22 @@ class Operations(pyfuse3.Operations):
 
     # -- copy-up
 
-    async def _copy_up(self, inode: Inode, size: int | None = None, request: int | None = None) -> bool:
-        """The object in the upper. Who meets a copy-up under way waits for it. size: no more of the data is wanted; returns whether the
-        file is thereby truncated.
+    async def _copy_up(self, inode: Inode, size: int | None = None, request: int | None = None, *, attributes_only: bool = False) -> bool:
+        """As much of the object in the upper as a change needs. Who meets a copy-up under way waits for it. size: no more of the data is
+        wanted; returns whether the file is thereby truncated. attributes_only: none is wanted.
         """
-        if inode.in_upper:
-            return False
         request = self._request() if request is None else request
         while (other := self._copying.get(inode)) is not None:
             await other.done.wait()
-        if inode.in_upper:
-            return False
         try:
-            return self.answers.copy_up(inode, size)
+            return self.answers.copy_up(inode, size, attributes_only=attributes_only)
         except NotAtOnce:
-            return await self._copy_up_in_thread(inode, size, request)
+            return await self._copy_up_in_thread(inode, size, request, attributes_only=attributes_only)
 
-    async def _copy_up_in_thread(self, inode: Inode, size: int | None, request: int) -> bool:
+    async def _copy_up_in_thread(self, inode: Inode, size: int | None, request: int, *, attributes_only: bool) -> bool:
         this = self._copying[inode] = UnderWay(request)
         try:
-            with copyup.prepare(self.view, inode, size) as this.copy:
+            with copyup.prepare(self.view, inode, size, attributes_only=attributes_only) as this.copy:
                 await self._in_thread(copyup.fill, this.copy)
                 copyup.publish(self.view, this.copy)
                 log.debug("copied up %d: %d bytes", inode.ino, this.copy.size)
@@ -172,10 +168,9 @@ class Operations(pyfuse3.Operations):
         result: T = await trio.to_thread.run_sync(call, *arguments)
         return result
 
-    async def _copied_up(self, ino: int) -> Inode:
+    async def _copied_up(self, ino: int, *, attributes_only: bool = True) -> Inode:
         inode = self.view.inode(ino)
-        if not inode.in_upper:
-            await self._copy_up(inode)
+        await self._copy_up(inode, attributes_only=attributes_only)
         return inode
 
     # -- look-up and attributes
@@ -207,7 +202,7 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         drops_privileges = self._setattr_drops_privileges()
-        if await self._copy_up(self.view.inode(inode), wanted.size):
+        if await self._copy_up(self.view.inode(inode), wanted.size, attributes_only=wanted.size is None):
             wanted.size = None
         return self._entry(self.answers.setattr(inode, wanted, drops_privileges=drops_privileges))
 
@@ -282,7 +277,7 @@ class Operations(pyfuse3.Operations):
         sides = (parent_inode_old, name_old, parent_inode_new, name_new, flags)
         request = self._request()
         while missing := self.answers.to_copy_up_for_rename(*sides):
-            await self._copy_up(missing[0], request=request)
+            await self._copy_up(missing[0], request=request, attributes_only=True)
         self.answers.rename(*sides)
 
     # -- files
@@ -338,7 +333,7 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         inode = self.view.inode(fh)
         drops_privileges = self._write_drops_privileges()
-        if not inode.in_upper:
+        if not inode.is_writable:
             await self._copy_up(inode)
         written = attributes.write(self.view, inode, buf, off)
         if drops_privileges:

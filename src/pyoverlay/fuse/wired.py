@@ -77,7 +77,7 @@ class WiredAnswers(Answers):
 
     def write(self, ino: int) -> None:
         """The same to write to."""
-        self.view.data_fd(self._copied_up(ino), write=True)
+        self.view.data_fd(self._copied_up(ino, attributes_only=False), write=True)
 
     # -- what is known not to be there
     #
@@ -178,7 +178,7 @@ class WiredOperations(Operations):
     async def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
         """All modes the upper's file system supports."""
         uid = self._wire.request()[3]
-        inode = await self._copied_up(ino)
+        inode = await self._copied_up(ino, attributes_only=False)
         fd = self.view.data_fd(inode, write=True)
         self.view.upper.is_dirty = True
         await self._long(inode, lambda: self.view.upper.calls.fallocate(fd, mode, offset, length))
@@ -208,7 +208,7 @@ class WiredOperations(Operations):
         """Reflinked where the file system can."""
         uid = self._wire.request()[3]
         source = self.view.inode(ino_in)
-        target = await self._copied_up(ino_out)
+        target = await self._copied_up(ino_out, attributes_only=False)
         fd, fd_out = self.view.data_fd(source), self.view.data_fd(target, write=True)
         self.view.upper.is_dirty = True
         source.pins += 1
@@ -255,7 +255,11 @@ class WiredOperations(Operations):
     def _with_descriptor(self, inode: Inode, call: Callable[[int], T]) -> T:
         """A call on the object's own descriptor, one that reads."""
         if inode.is_regular:
-            return call(self.view.data_fd(inode))
+            fd = self.view.own_fd(inode)
+            try:
+                return call(fd)
+            finally:
+                os.close(fd)
         if not isinstance(inode, Directory):
             raise failure(errno.ENOTTY)
         place = self.view.place(inode)
