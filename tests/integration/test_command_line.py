@@ -486,15 +486,23 @@ def test_the_mount_program_closes_every_descriptor_that_it_inherits(unmounted: O
 
 
 @pytest.mark.root
-def test_mount_8_finds_the_program_by_the_type(unmounted: Overlay, tmp_path: Path) -> None:
-    """`mount -t fuse.pyoverlay`, as fstab has it: mount(8) calls /sbin/mount.fuse.pyoverlay, here in a mount namespace of the test's."""
+@pytest.mark.parametrize(
+    "how",
+    ["mount -t fuse.pyoverlay -o '{options}' overlay {merged}", "mount --fstab {fstab} {merged}", "mount --fstab {fstab} -a"],
+    ids=["mount -t", "fstab", "mount -a"],
+)
+def test_mount_8_finds_the_program_by_the_type(unmounted: Overlay, tmp_path: Path, how: str) -> None:
+    """By mount(8)'s -t, and by a line of fstab: it calls /sbin/mount.fuse.pyoverlay, here in a mount namespace of the test's."""
     program = tmp_path / "mount.fuse.pyoverlay"
     program.write_text(f'#!/bin/sh\nexec {shlex.join(MOUNT_PROGRAM)} "$@"\n')
     program.chmod(0o755)
     options = layers(unmounted, "noatime,_netdev,x-test=1")
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"overlay {unmounted.merged} fuse.pyoverlay {options} 0 0\n")
+    mount = how.format(options=options, merged=unmounted.merged, fstab=fstab)
     script = (
         f"mount -t tmpfs none /mnt && mkdir /mnt/u /mnt/w && mount -t overlay -o lowerdir=/sbin,upperdir=/mnt/u,workdir=/mnt/w none /sbin"
-        f" && cp {program} /sbin/ && mount -t fuse.pyoverlay -o '{options}' overlay {unmounted.merged}"
+        f" && cp {program} /sbin/ && {mount}"
         f" && grep {unmounted.merged} /proc/self/mountinfo && cat {unmounted.merged}/file && umount {unmounted.merged}"
     )
     result = run(["unshare", "-m", "sh", "-c", script], unmounted)

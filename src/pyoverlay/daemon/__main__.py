@@ -33,7 +33,7 @@ def main() -> int:
     report.close_all_but(*descriptors)
     if is_each:
         return _serve_each(from_memory(descriptors[0]), descriptors[1])
-    caller = report.Report(descriptors[1] if len(descriptors) > 1 else None)
+    caller = report.Report(descriptors[1]) if len(descriptors) > 1 else report.ForegroundReport()
     sys.excepthook = caller.uncaught
     (request,) = from_memory(descriptors[0])
     return _serve(request, caller)

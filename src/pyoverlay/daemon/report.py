@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+from contextlib import suppress
 from types import TracebackType
 
 from pyoverlay.errors import DaemonFailed, PyoverlayError, Reported
 
 
 class Report:
-    """The daemon's end. It says one thing, once. fd: None in the foreground, where the caller reads stderr instead."""
+    """The daemon's end. It says one thing, once. fd: of the pipe; None where the caller reads stderr instead."""
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
@@ -43,6 +45,34 @@ class Report:
         """A `sys.excepthook` for the time before the log is there: a bug is told to the caller in one line, too."""
         self.refuse(DaemonFailed(f"the daemon failed: {kind.__name__}: {error}"))
         sys.__excepthook__(kind, error, where)
+
+
+class ForegroundReport(Report):
+    """Stderr is the caller's own. Who runs a service may want to be told when it is ready: sd_notify(3), `Type=notify`."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._manager = _service_manager()
+
+    def ready(self) -> None:
+        super().ready()
+        if self._manager is not None:
+            with self._manager as manager, suppress(OSError):  # nobody listens any more: the mount answers all the same
+                manager.send(b"READY=1")
+
+
+def _service_manager() -> socket.socket | None:
+    """Connected to before there is a mount, for the path could lead through it."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return None
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        manager.connect("\0" + address[1:] if address.startswith("@") else address)
+    except OSError:
+        manager.close()
+        return None
+    return manager
 
 
 class NumberedReport(Report):
