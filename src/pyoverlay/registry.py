@@ -11,10 +11,13 @@ report/asking.py asks). A daemon that takes the connection and says nothing hang
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,6 +28,9 @@ from pyoverlay.core.policy import Policy
 SUFFIX = ".json"
 SOCKET_SUFFIX = ".sock"
 
+_IS_RECORD = re.compile(r"[0-9a-f]{12}\.json")
+_LARGEST = 64 << 20  # 4096 layers with the longest paths there are, and room
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -32,7 +38,7 @@ class Record:
 
     start_time: of process `pid`, in clock ticks since boot (proc_pid_stat(5), field 22). device: the mount's `major:minor`.
     started: seconds since 1970. features: the mount's policy, as `Policy.plain` gives it, and what else is on or off. failure: why the
-    daemon's last sync failed, None while all is well.
+    daemon's last sync failed, None while all is well. owner: the uid to whom the file belongs that it was read from.
     """
 
     id: str
@@ -47,6 +53,7 @@ class Record:
     started: float
     features: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
+    owner: int | None = field(default=None, compare=False)
 
     @property
     def policy(self) -> Policy:
@@ -95,10 +102,12 @@ def own_directory() -> str:
 
 
 def readable_directories() -> list[str]:
-    """Every directory of records that this user may read: for root also those of the users that are logged in."""
+    """Every directory of records that this user may read: for root also those of other users."""
     own = own_directory()
-    others = glob.glob("/run/user/*/pyoverlay") if os.geteuid() == 0 and "PYOVERLAY_RUNTIME_DIR" not in os.environ else []
-    return [own, *(other for other in others if other != own)]
+    if os.geteuid() != 0 or "PYOVERLAY_RUNTIME_DIR" in os.environ:
+        return [own]
+    others = [*glob.glob("/run/user/*/pyoverlay"), *glob.glob("/tmp/pyoverlay-*")]
+    return [own, *(other for other in others if other != own and os.path.isdir(other) and not os.path.islink(other))]
 
 
 def open_directory() -> int:
@@ -178,14 +187,32 @@ def _in_directory(path: str) -> Iterator[Record]:
         return
     for name in names:
         # FileNotFoundError: its daemon ended meanwhile. The others: no record, or one of a release that wrote less.
-        if name.endswith(SUFFIX):
+        if _IS_RECORD.fullmatch(name):
             with suppress(FileNotFoundError, PermissionError, ValueError, KeyError, TypeError):
-                with open(f"{path}/{name}", "rb") as file:
-                    yield _record(json.load(file))
+                yield _read(f"{path}/{name}", name.removesuffix(SUFFIX))
+
+
+def _read(path: str, name: str) -> Record:
+    """The record in a file. Another user's directory may hold anything, and root reads it: ValueError for what is no record."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+            raise ValueError("no record") from error
+        raise
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+            raise ValueError("no record")
+        record = _record(json.load(file))
+    numbers = (record.pid, record.start_time, record.started)
+    if record.id != name or not all(type(number) in (int, float) for number in numbers) or record.pid <= 0:
+        raise ValueError("no record")
+    return replace(record, owner=status.st_uid)
 
 
 def _texts(record: Record) -> dict[str, Any]:
-    return {name: _text(value) for name, value in asdict(record).items()}
+    return {name: _text(value) for name, value in asdict(record).items() if name != "owner"}
 
 
 def _text(value: Any) -> Any:
@@ -200,4 +227,4 @@ def _record(texts: dict[str, Any]) -> Record:
     texts["lowers"] = tuple(map(os.fsencode, texts["lowers"]))
     texts["options"] = tuple(texts["options"])
     texts.setdefault("features", {})  # a daemon of an earlier release
-    return Record(**{field.name: texts[field.name] for field in fields(Record)})
+    return Record(**{field.name: texts[field.name] for field in fields(Record) if field.name != "owner"})

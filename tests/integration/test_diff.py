@@ -17,6 +17,7 @@ import pytest
 
 from pyoverlay.core.policy import Policy
 from pyoverlay.report.changes import Comparison
+from pyoverlay.report.sizes import usage
 from pyoverlay.testing import Directory, File, Overlay, OverlayFactory, Tree, Whiteout, make_tree
 from pyoverlay.testing.mounts import command
 from tests.interop.docker_diff import CASES, TREE, Case
@@ -86,6 +87,14 @@ def test_a_change_is_told_as_docker_tells_it(changed: Changed, case: Case) -> No
     assert sorted(changed.below(name)) == sorted(expected)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_upper_is_as_large_as_docker_says(changed: Changed, case: Case) -> None:
+    upper = changed.overlay.writable / NAMES[case.name]
+    size = usage(os.fsencode(upper), Policy(), frozenset()).size if upper.is_dir() else 0
+    is_lazy = isinstance(changed.overlay, Overlay) and case.name == "open for writing, and close"  # the first write copies up, here
+    assert size == (0 if is_lazy else case.size)
+
+
 def test_nothing_but_the_cases_is_told(changed: Changed) -> None:
     assert {line[3:].split("/")[0] for line in changed.lines} <= set(NAMES.values())
 
@@ -101,6 +110,7 @@ WALK = """
 import os, sys
 from pyoverlay.core.policy import Policy
 from pyoverlay.report.changes import Comparison
+from pyoverlay.report.sizes import usage
 upper, *lowers = map(os.fsencode, sys.argv[1:])
 with Comparison(upper, lowers, Policy()) as comparison:
     os.access("/marker", os.F_OK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pyoverlay.core.policy import Policy
+from pyoverlay.report.sizes import human, usage
 from pyoverlay.testing import make_tree
 from pyoverlay.testing.mounts import command
 from tests.interop.docker_diff import CASES, TREE, Case
@@ -27,6 +30,8 @@ class Container:
     lines: list[str]
     upper: Path
     lowers: str
+    size: int
+    printed_size: str
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,9 @@ def container(shared_docker: Docker, tmp_path_factory: pytest.TempPathFactory) -
     data = json.loads(docker("inspect", "cases", "--format", "{{json .GraphDriver.Data}}"))
     for case in CASES:
         case.change(Path(data["MergedDir"]) / NAMES[case.name])
-    yield Container(docker("diff", "cases").splitlines(), Path(data["UpperDir"]), data["LowerDir"])
+    size = int(docker("inspect", "-s", "-f", "{{.SizeRw}}", "cases"))
+    printed_size = docker("ps", "-s", "--format", "{{.Size}}").partition(" ")[0]
+    yield Container(docker("diff", "cases").splitlines(), Path(data["UpperDir"]), data["LowerDir"], size, printed_size)
     shared_docker.remove_containers()
 
 
@@ -60,3 +67,9 @@ def test_pyoverlay_diff_of_the_container_s_layers_prints_the_same_lines(containe
     argv = command("diff", "--lower", container.lowers, container.upper)
     lines = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
     assert sorted(lines) == sorted(container.lines)
+
+
+def test_the_upper_is_as_large_as_docker_says_and_printed_so(container: Container) -> None:
+    size = usage(os.fsencode(container.upper), Policy(), frozenset()).size
+    assert size == container.size == sum(case.size for case in CASES)
+    assert human(size) == container.printed_size

@@ -259,6 +259,7 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
         ("pyoverlay.cli.export", {"trio", "pyfuse3"}),
         ("pyoverlay.cli.import_", {"trio", "pyfuse3"}),
         ("pyoverlay.daemon.mount_program", {"trio", "pyfuse3", "click"}),
+        ("pyoverlay.report", {"trio", "pyfuse3", "click"}),
         ("pyoverlay.registry", {"trio", "pyfuse3", "click"}),
         ("pyoverlay.fuse.session", {"click"}),
     ],

@@ -176,3 +176,43 @@ def test_a_record_of_an_earlier_release_has_the_default_policy(directory: Path) 
     del texts["features"]
     path.write_text(json.dumps(texts))
     assert registry.records()[0].policy == Policy()
+
+
+# ── what others write into their directories, and root reads ────────────────────────────────────────────────────────────────
+
+
+def rewritten(directory: Path, **changes: object) -> Path:
+    """A record's file with other values in it."""
+    path = directory / f"{written(of_this_process()).id}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pid": "1/../1"}, {"pid": -1}, {"pid": True}, {"start_time": None}, {"started": "now"}, {"merged": 1}]
+)
+def test_a_record_of_other_types_is_none(directory: Path, changes: dict[str, object]) -> None:
+    rewritten(directory, **changes)
+    assert registry.records() == []
+
+
+def test_a_record_under_another_name_than_its_own_is_none(directory: Path, tmp_path: Path) -> None:
+    """Root clears stale records away by their id: that of another user's could have named any file."""
+    victim = tmp_path / "victim.json"
+    victim.touch()
+    pid, start_time = ended_process()
+    rewritten(directory, id=f"../{victim.stem}", pid=pid, start_time=start_time)
+    assert registry.live() == []
+    assert victim.exists()
+
+
+def test_a_fifo_in_the_place_of_a_record_holds_nobody_up(directory: Path) -> None:
+    new = written(of_this_process())
+    os.mkfifo(directory / f"{registry.new_id()}.json")
+    os.symlink("/dev/zero", directory / f"{registry.new_id()}.json")
+    assert registry.records() == [new]
+
+
+def test_a_record_knows_whose_it_is(directory: Path) -> None:
+    written(of_this_process())
+    assert registry.records()[0].owner == os.geteuid()

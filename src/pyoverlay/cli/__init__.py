@@ -18,6 +18,8 @@ from pyoverlay.errors import PyoverlayError
 COMMANDS = {
     "mount": "Mount an overlay.",
     "umount": "Unmount overlays; what was written is on disk when it returns.",
+    "ps": "List the live mounts, and how much each has changed.",
+    "inspect": "Tell all there is of a mount: layers, options, daemon, requests.",
     "diff": "Show what changed.",
     "import": "Unpack images and layers into directories that can be lowers.",
     "export": "Write what changed as one layer of an image.",

@@ -19,6 +19,7 @@ from pyoverlay import registry
 PATIENCE = 1.0
 """Seconds that daemons have to answer. One that serves takes a millisecond, under any load one turn of its loop."""
 
+_LONGEST = 1 << 20  # bytes of an answer: another user's daemon may say anything
 _NOBODY: dict[str, Any] = {}
 
 
@@ -73,7 +74,7 @@ def _collect(waiting: dict[int, tuple[str, socket.socket, bytearray]], answers: 
             except ConnectionError:  # it ended meanwhile
                 part = b""
             content += part
-            if not part:
+            if not part or len(content) > _LONGEST:
                 poll.unregister(fd)
                 del waiting[fd]
                 answers[name] = _parsed(bytes(content))

@@ -39,9 +39,10 @@ def mounts(*, records: list[registry.Record] | None = None) -> list[Mount]:
 
     Records of mounts that are gone are cleared away, unless they have a failure to report.
     """
-    found = registry.records() if records is None else records
+    here = {(mount.device, mount.point): mount for mount in mountinfo.mounts()}
+    known = registry.records() if records is None else records
+    found = [record for record in known if _may_say_so(record, here.get((record.device, record.merged)))]
     answers = asking.ask(record for record in found if record.is_alive)
-    here = {(mount.device, mount.point) for mount in mountinfo.mounts()}
     listed = []
     for record in found:
         if record.is_alive:
@@ -52,6 +53,12 @@ def mounts(*, records: list[registry.Record] | None = None) -> list[Mount]:
         elif record.failure is None:
             registry.clear(record)
     return listed
+
+
+def _may_say_so(record: registry.Record, mount: mountinfo.Mount | None) -> bool:
+    """Whether the user whose record it is made that mount: anybody can write down anything in a runtime directory of one's own."""
+    user = mount.option(b"user_id") if mount is not None else None
+    return user is None or record.owner is None or int(user) == record.owner
 
 
 def at(path: bytes) -> Mount | None:

@@ -11,7 +11,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
 from pyoverlay.core.view import View
-from pyoverlay.errors import Refusal, printable
+from pyoverlay.errors import Refusal
 from pyoverlay.report import mounts
 from pyoverlay.report.changes import Comparison, masked
 from pyoverlay.report.mounts import Mount, State
@@ -83,8 +83,8 @@ def find(path: bytes, *, lowers: Sequence[bytes] = (), userxattr: bool = False) 
     if not lowers and (mount := mounts.over(path)) is not None:
         return _mounted(path, mount, None)
     real = os.path.realpath(path)
-    policy = Policy(userxattr=userxattr or not _may_read_trusted(), metacopy=True, privileged=_is_privileged(real))
-    return Target(path, real, tuple(map(os.path.realpath, lowers)), policy)
+    policy = Policy(userxattr=userxattr or not _may_read_trusted(), metacopy=True)
+    return Target(path, real, tuple(map(os.path.realpath, lowers)), _for_this_process(path, policy, real))
 
 
 def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
@@ -92,10 +92,19 @@ def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
     if record.upper is None:
         raise Refusal(path, "mounted read-only: there is no upper, and nothing has changed", errno.EROFS)
     try:
-        policy = replace(record.policy, metacopy=True, privileged=_is_privileged(record.upper))
+        policy = replace(record.policy, metacopy=True)
     except ValueError as error:
         raise Refusal(path, f"mounted by another release of pyoverlay: {error}", remedy="use that release") from error
+    policy = _for_this_process(path, policy, record.upper)
     return Target(path, record.upper, record.lowers, policy, record.work, merged if mount.state is State.UP else None)
+
+
+def _for_this_process(path: bytes, policy: Policy, upper: bytes) -> Policy:
+    """The mount's policy, with the privileges of whoever looks at its layers."""
+    try:
+        return replace(policy, privileged=may_clone(upper))
+    except OSError as error:
+        raise Refusal(path, "its upper cannot be opened", error.errno) from error
 
 
 def _require_directory(path: bytes) -> None:
@@ -121,13 +130,11 @@ def _may_read_trusted() -> bool:
         return os.geteuid() == 0 and file.read().split() == ["0", "0", "4294967295"]
 
 
-def _is_privileged(path: bytes) -> bool:
-    """Whether this process may clone a mount: then a layer is looked at without leaving so much as an atime behind."""
+def may_clone(path: bytes) -> bool:
+    """Whether this process may clone a layer's mount: then it is looked at without leaving so much as an atime behind. Raises OSError."""
     try:
         fd = syscalls.open_tree(syscalls.AT_FDCWD, path, syscalls.OPEN_TREE_CLONE)
     except PermissionError:
         return False
-    except OSError as error:
-        raise Refusal(path, f"cannot be opened as a layer: {printable(os.strerror(error.errno or 0))}", error.errno) from error
     os.close(fd)
     return True

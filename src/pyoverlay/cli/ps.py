@@ -1,0 +1,98 @@
+"""`pyoverlay ps`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from pyoverlay.cli.formats import parsed, rendered
+from pyoverlay.errors import UsageError, printable
+from pyoverlay.report import inspect, mounts, ps
+from pyoverlay.report.mounts import Mount
+from pyoverlay.report.tables import table
+
+EPILOG = """\b
+Root sees everybody's mounts, a user the own ones. No mount is touched: one whose daemon hangs or died is
+listed, and STATUS says so. A template is of Go's language over ID, Merged, Upper, Lowers, Work, Pid,
+CreatedAt, RunningFor, Status, Options, Size; `table TEMPLATE` makes columns at its tabs. Keys of
+--filter: id, merged, upper, lower, status (up, silent, dead), pid.
+
+\b
+Examples:
+  pyoverlay ps -s
+  pyoverlay ps --filter status=dead --format '{{.Merged}}' | xargs -d '\\n' pyoverlay umount --lazy
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option("with_size", "--size", "-s", is_flag=True, help="Show what each upper holds, as docker counts, and with its lowers.")
+@click.option("--no-trunc", is_flag=True, help="Cut nothing: whole paths, all lowers.")
+@click.option("--quiet", "-q", is_flag=True, help="Show mount points only.")
+@click.option("filters", "--filter", multiple=True, metavar="KEY=PATTERN", help="Show those that match; may be given several times.")
+@click.option("form", "--format", metavar="TEMPLATE", help="One line for each by this template; `json`: an object a line.")
+@click.option("--noheading", is_flag=True, help="Leave the head of the table out.")
+@click.option("as_json", "--json", is_flag=True, help="Print one JSON object of pyoverlay's own schema.")
+def command(
+    with_size: bool, no_trunc: bool, quiet: bool, filters: tuple[str, ...], form: str | None, noheading: bool, as_json: bool
+) -> int:
+    """List the live mounts."""
+    if sum((quiet, form is not None, as_json)) > 1:
+        raise UsageError("--quiet, --format and --json exclude one another")
+    found = ps.chosen(mounts.mounts(), filters)
+    if quiet:
+        for mount in found:
+            click.echo(mount.record.merged)
+        return 0
+    sizes = _Measured(found) if with_size or (form is not None and ".Size" in form) else None
+    if as_json:
+        click.echo(json.dumps(_with_sizes(found, sizes), indent=4))
+    else:
+        rows = [ps.row(mount, sizes.by_id.get(mount.record.id) if sizes else None, is_cut=not no_trunc) for mount in found]
+        _show(rows, form, with_size=with_size, heading=not noheading)
+    return sizes.failed if sizes else 0
+
+
+class _Measured:
+    """Sizes by the mount's id; of a layer that cannot be read a line on stderr instead."""
+
+    def __init__(self, found: Iterable[Mount]) -> None:
+        self.by_id: dict[str, ps.Size] = {}
+        self.failed = 0
+        sizes, unreadable = ps.Sizes(), 0
+        for mount in found:
+            try:
+                size = self.by_id[mount.record.id] = sizes.of(mount)
+                unreadable += size.unreadable
+            except OSError as error:
+                click.echo(f"pyoverlay: {printable(error.filename)}: cannot be measured ({error.strerror})", err=True)
+                self.failed = 1
+        if unreadable:
+            click.echo(f"pyoverlay: {unreadable} directories may not be read by this user and are not counted", err=True)
+
+
+def _with_sizes(found: Sequence[Mount], sizes: _Measured | None) -> dict[str, Any]:
+    told = inspect.as_json(found)
+    for one in told["mounts"] if sizes is not None else ():
+        size = sizes.by_id.get(one["id"]) if sizes else None
+        one["size"] = None if size is None else {"upper": size.upper, "virtual": size.virtual}
+    return told
+
+
+def _show(rows: Sequence[dict[str, Any]], form: str | None, *, with_size: bool, heading: bool) -> None:
+    if form == "json":
+        for row in rows:
+            click.echo(json.dumps(row if with_size else {name: text for name, text in row.items() if name != "Size"}))
+        return
+    is_table = form is None or form.split(" ", 1)[0] == "table"
+    columns = [*ps.COLUMNS, *(["Size"] if with_size else [])]
+    text = "\t".join(f"{{{{.{name}}}}}" for name in columns)
+    if form is not None and form != "table":
+        # A shell's '\t' is meant as a tab, here as in docker.
+        text = form.removeprefix("table ").replace("\\t", "\t").replace("\\n", "\n")
+    template = parsed(text)
+    lines = [rendered(template, row) for row in ([ps.HEADS] if is_table and heading else []) + list(rows)]
+    for line in table([line.split("\t") for line in lines]) if is_table and lines else lines:
+        click.echo(line)

@@ -1,0 +1,267 @@
+"""`pyoverlay ps` and `pyoverlay inspect`: what they print of mounts that are well, hang, or are dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyoverlay.testing import Overlay, OverlayFactory, make_tree
+from pyoverlay.testing.mounts import command, wait_for_end
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(autouse=True)
+def list_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other mounts of this machine are none of these tests' business."""
+    monkeypatch.setenv("PYOVERLAY_RUNTIME_DIR", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def mounted(overlay: OverlayFactory) -> Overlay:
+    """A mount over two lowers, of 6 and 4 bytes, with 2820 in its upper."""
+    made = overlay({"f": "lower\n"}, {"g": "low\n"}, options=("-o", "noatime,redirect_dir=on"))
+    (made.merged / "new").write_bytes(b"x" * 2820)
+    return made
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), check=False, capture_output=True, text=True, timeout=30)
+
+
+def printed(*arguments: str | Path) -> list[str]:
+    result = run(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
+
+
+def told(*arguments: str | Path) -> Any:
+    return json.loads("\n".join(printed(*arguments)))
+
+
+@contextmanager
+def stopped(overlay: Overlay) -> Iterator[int]:
+    """The daemon hangs, as one does whose upper's disk does not answer."""
+    (daemon,) = overlay.daemons()
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        yield daemon
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+
+
+@contextmanager
+def killed(overlay: Overlay) -> Iterator[int]:
+    """The daemon has died, and left a dead mount."""
+    (daemon,) = overlay.daemons()
+    os.kill(daemon, signal.SIGKILL)
+    assert wait_for_end([daemon], 10) == []
+    try:
+        yield daemon
+    finally:
+        subprocess.run(["umount", "-l", overlay.merged], check=True)
+
+
+# ── ps ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ps_lists_a_mount_and_what_it_has_changed(mounted: Overlay) -> None:
+    head, line = printed("ps", "-s", "--no-trunc")
+    assert re.split(r" {3,}", head) == ["MOUNT ID", "MERGED", "UPPER", "LOWERS", "PID", "STATUS", "SIZE"]
+    (daemon,) = mounted.daemons()
+    number, merged, upper, lowers, pid, status, size = re.split(r" {3,}", line)
+    assert re.fullmatch(r"[0-9a-f]{12}", number)
+    assert (merged, upper, lowers) == (str(mounted.merged), str(mounted.writable), ":".join(map(str, mounted.lowers)))
+    assert (pid, size) == (str(daemon), "2.82kB (virtual 2.83kB)")
+    assert status.startswith("Up ")
+
+
+def test_ps_cuts_long_paths_and_names_the_top_lower(mounted: Overlay) -> None:
+    (line,) = printed("ps", "--noheading")
+    assert f"…{str(mounted.merged)[-37:]}" in line
+    assert f"…{str(mounted.lower)[-37:]} (+1)" in line
+
+
+def test_ps_without_mounts_is_a_head_alone() -> None:
+    assert printed("ps") == ["MOUNT ID   MERGED    UPPER     LOWERS    PID       STATUS"]
+    assert printed("ps", "-q") == []
+    assert told("ps", "--json")["mounts"] == []
+
+
+def test_ps_quiet_prints_what_other_commands_take(mounted: Overlay) -> None:
+    assert printed("ps", "-q") == [str(mounted.merged)]
+
+
+def test_ps_in_json(mounted: Overlay) -> None:
+    document = told("ps", "--json", "-s")
+    (mount,) = document["mounts"]
+    assert document["schema"] == 1
+    assert (mount["merged"], mount["upper"], mount["state"], mount["trouble"]) == (str(mounted.merged), str(mounted.writable), "up", None)
+    assert mount["lowers"] == [str(lower) for lower in mounted.lowers]
+    assert mount["size"] == {"upper": 2820, "virtual": 2830}
+
+
+def test_ps_by_a_template(mounted: Overlay) -> None:
+    assert printed("ps", "--no-trunc", "--format", "{{.Merged}} {{.Size}}") == [f"{mounted.merged} 2.82kB (virtual 2.83kB)"]
+    assert printed("ps", "--no-trunc", "--format", r"table {{.Merged}}\t{{.Options}}") == [
+        "MERGED".ljust(len(str(mounted.merged)) + 3) + "OPTIONS",
+        f"{mounted.merged}   noatime,redirect_dir=on",
+    ]
+    assert json.loads(printed("ps", "--no-trunc", "--format", "json")[0])["Upper"] == str(mounted.writable)
+
+
+def test_ps_filters(mounted: Overlay, overlay: OverlayFactory) -> None:
+    other = overlay({}, read_only=True)
+    assert printed("ps", "-q", "--filter", f"merged={mounted.merged}") == [str(mounted.merged)]
+    assert printed("ps", "-q", "--filter", f"lower={other.lower}", "--filter", "status=up") == [str(other.merged)]
+    assert printed("ps", "-q", "--filter", f"upper={mounted.writable}", "--filter", "upper=/nowhere") == [str(mounted.merged)]
+    assert printed("ps", "-q", "--filter", "status=dead") == []
+
+
+@pytest.mark.parametrize("arguments", [["--filter", "color=red"], ["--filter", "up"], ["--format", "{{"], ["-q", "--json"]])
+def test_ps_refuses_what_it_cannot_mean(arguments: list[str]) -> None:
+    result = run("ps", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("pyoverlay: --")
+
+
+@pytest.mark.parametrize(
+    ("befalls", "status", "state"),
+    [(stopped, r"Up .* \(not answering\)", "not answering"), (killed, "Dead", "dead")],
+    ids=["hangs", "died"],
+)
+def test_a_daemon_that_hangs_or_died_is_told_of(
+    mounted: Overlay, befalls: Callable[[Overlay], Any], status: str, state: str
+) -> None:
+    well = told("ps", "--json")["mounts"][0]
+    with befalls(mounted) as daemon:
+        (line,) = printed("ps", "--format", "{{.Status}}")
+        assert re.fullmatch(status, line)
+        assert printed("ps", "--format", "{{.Size}}") == ["2.82kB (virtual 2.83kB)"]
+        (mount,) = told("inspect", mounted.merged)
+        assert (mount["Id"], mount["State"]["Status"], mount["Requests"]) == (well["id"], state, None)
+        assert f"(pid {daemon})" in mount["State"]["Error"]
+        assert printed("diff", mounted.merged) == ["A /new"]
+        assert printed("diff", mounted.writable) == ["A /new"]
+
+
+def test_a_dead_mount_is_no_longer_listed_once_it_is_taken_away(mounted: Overlay) -> None:
+    with killed(mounted):
+        pass
+    assert printed("ps", "-q") == []
+    assert os.listdir(os.environ["PYOVERLAY_RUNTIME_DIR"]) == []
+
+
+def test_ps_by_size_of_a_layer_that_is_gone_says_so(mounted: Overlay, tmp_path: Path) -> None:
+    mounted.writable.rename(tmp_path / "elsewhere")
+    result = run("ps", "-s", "--format", "{{.Size}}")
+    (tmp_path / "elsewhere").rename(mounted.writable)
+    assert (result.returncode, result.stdout) == (1, "\n")
+    assert result.stderr == f"pyoverlay: {mounted.writable}: cannot be measured (No such file or directory)\n"
+
+
+# ── inspect ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_inspect_has_the_shape_of_docker_s(mounted: Overlay) -> None:
+    (mount,) = told("inspect", mounted.merged)
+    assert mount["GraphDriver"]["Data"] == {
+        "LowerDir": ":".join(map(str, mounted.lowers)),
+        "MergedDir": str(mounted.merged),
+        "UpperDir": str(mounted.writable),
+        "WorkDir": str(mounted.work),
+    }
+    (daemon,) = mounted.daemons()
+    assert (mount["GraphDriver"]["Name"], mount["State"]["Pid"], mount["State"]["Running"]) == ("pyoverlay", daemon, True)
+    assert mount["Options"] == ["noatime", "redirect_dir=on"]
+    assert mount["Features"]["redirect_dir"] == "on"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", mount["State"]["StartedAt"])
+
+
+def test_inspect_counts_requests(mounted: Overlay) -> None:
+    before = told("inspect", "-f", "{{json .Requests}}", mounted.merged)
+    for number in range(5):
+        os.mkdir(mounted.merged / str(number))
+    after = told("inspect", "-f", "{{json .Requests}}", mounted.merged)
+    assert after["mkdir"] == before.get("mkdir", 0) + 5
+
+
+def test_inspect_by_a_template(mounted: Overlay) -> None:
+    assert printed("inspect", "-f", "{{.GraphDriver.Data.UpperDir}}", mounted.merged) == [str(mounted.writable)]
+    (compact,) = printed("inspect", "-f", "json", mounted.merged)
+    assert json.loads(compact)[0]["Name"] == str(mounted.merged)
+    assert told("inspect", "--json", mounted.merged)["mounts"][0]["work"] == str(mounted.work)
+
+
+def test_an_unknown_field_is_an_error_that_lists_what_there_is(mounted: Overlay) -> None:
+    result = run("inspect", "-f", "{{.GraphDriver.Data.Upper}}", mounted.merged)
+    line = "pyoverlay: --format: there is no field Upper; there is LowerDir, MergedDir, UpperDir, WorkDir\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", line)
+
+
+def test_a_template_that_is_none_is_wrong_usage(mounted: Overlay) -> None:
+    result = run("inspect", "-f", "{{.Name", mounted.merged)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("pyoverlay: --format: column 1: the action is not closed with }}\n")
+
+
+def test_of_several_names_those_that_are_mounts_are_told(mounted: Overlay, tmp_path: Path) -> None:
+    result = run("inspect", "-f", "{{.Name}}", tmp_path, mounted.merged)
+    assert (result.returncode, result.stdout) == (1, f"{mounted.merged}\n")
+    assert result.stderr == f"pyoverlay: {tmp_path}: no mount of pyoverlay; pyoverlay ps lists those there are\n"
+
+
+def test_a_mount_without_an_upper_has_none_to_tell(overlay: OverlayFactory) -> None:
+    made = overlay({}, read_only=True)
+    assert printed("inspect", "-f", "[{{.GraphDriver.Data.UpperDir}}]", made.merged) == ["[]"]
+    assert printed("ps", "--format", "{{.Size}}") == ["0B (virtual 0B)"]
+
+
+def test_a_mount_is_found_through_a_symlink_and_by_a_relative_path(mounted: Overlay, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(mounted.merged)
+    assert printed("inspect", "-f", "{{.Name}}", tmp_path / "link") == [str(mounted.merged)]
+    result = subprocess.run(
+        command("inspect", "-f", "{{.Name}}", "merged"), check=True, capture_output=True, text=True, timeout=30, cwd=mounted.merged.parent
+    )
+    assert result.stdout == f"{mounted.merged}\n"
+
+
+def test_colons_in_layers_are_escaped_as_mount_takes_them(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a:b": {}, "merged": {}})
+    made = Overlay((tmp_path / "a:b",), None, tmp_path / "merged")
+    made.mount()
+    try:
+        assert printed("inspect", "-f", "{{.GraphDriver.Data.LowerDir}}", made.merged) == [f"{tmp_path}/a\\:b"]
+    finally:
+        made.close()
+
+
+# ── whose mounts are listed ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_record_of_somebody_who_did_not_make_the_mount_is_not_believed(mounted: Overlay) -> None:
+    """A user may write into the own runtime directory that root's mount has other layers."""
+    (record,) = Path(os.environ["PYOVERLAY_RUNTIME_DIR"]).glob("*.json")
+    os.chown(record, 4321, 4321)
+    try:
+        assert printed("ps", "-q") == []
+        assert run("inspect", mounted.merged).returncode == 1
+    finally:
+        os.chown(record, 0, 0)
+
+
+@pytest.mark.parametrize("words", [["ps"], ["ps", "--format", "{{.ID}}"], ["inspect", "/"], ["diff", "/nowhere"], ["which", "/"]])
+def test_reports_load_neither_trio_nor_pyfuse3(words: list[str]) -> None:
+    program = f"import sys; from pyoverlay.cli import run; run({words!r}); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=30)
+    assert {"trio", "pyfuse3", "pyoverlay.fuse"} & set(result.stdout.splitlines()[-1].split()) == set()
