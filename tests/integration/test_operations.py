@@ -157,21 +157,3 @@ def test_opening_for_writing_without_writing_is_no_change_to_be_seen(here: Here)
     os.close(os.open(here.merged / "f", os.O_RDWR | os.O_APPEND))
     after = os.lstat(here.merged / "f")
     assert (after.st_mtime_ns, after.st_size, after.st_ino) == (before.st_mtime_ns, before.st_size, before.st_ino)
-
-
-@layers({f"f{number}": b"x" * 5000 for number in range(300)})
-def test_more_open_files_than_the_daemon_may_keep_open(alone: Here) -> None:
-    """The descriptors of the daemon are a cache: 300 files open at once, each written and read after all the others."""
-    descriptors = [os.open(alone.merged / f"f{number}", os.O_RDWR) for number in range(300)]
-    try:
-        for number, fd in enumerate(descriptors):
-            os.pwrite(fd, b"%05d" % number, number)
-        for number, fd in enumerate(descriptors):
-            assert os.pread(fd, 5, number) == b"%05d" % number
-            os.unlink(alone.merged / f"f{number}")
-        for number, fd in enumerate(descriptors):
-            assert os.pread(fd, 5, number) == b"%05d" % number
-            assert os.fstat(fd).st_nlink == 0
-    finally:
-        for fd in descriptors:
-            os.close(fd)

@@ -274,6 +274,7 @@ class Bench:
         (self.base / work).mkdir()
         view = open_view([os.fsencode(lower) for lower in self.lowers], os.fsencode(upper), os.fsencode(self.base / work), POLICY)
         view.cache.limit = limit
+        view.pin_limit = limit // 2
         return Merged(view)
 
 

@@ -295,34 +295,44 @@ def kept_alive(view: View, inode: Inode, parent: Directory, name: bytes, *, is_u
 
 def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> Callable[[], None] | None:
     """See kept_alive. Returns what undoes it."""
-    upper = view.upper
-    if any(other != (parent, name) for other in inode.names()) or (inode.lower_links > 0 and inode.kept_name):
+    if any(other != (parent, name) for other in inode.names()) or inode.kept_name:
         return None
     if inode.lower_links > 0:
-        kept = upper.temporary()
-        upper.calls.link(view.upper_fd(parent), name, upper.work_fd, kept)
-        inode.kept_name = kept
+        _keep_name(view, inode, parent, name)
     elif not inode.nlookup:
         return None
     elif isinstance(inode, Directory):
         view.upper_fd(inode)
         inode.pins += 1
-    elif inode.pin < 0:
-        inode.pin = upper.pin(view.upper_fd(parent), name)
-    else:
+    elif inode.pin >= 0:
         return None
-    return partial(_let_go, upper, inode)
+    elif view.can_pin():
+        view.table.pin(inode, view.upper.pin(view.upper_fd(parent), name))
+    else:
+        _keep_name(view, inode, parent, name)
+    return partial(_let_go, view, inode)
 
 
-def _let_go(upper: Upper, inode: Inode) -> None:
+def _keep_name(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
+    kept = view.upper.temporary()
+    view.upper.calls.link(view.upper_fd(parent), name, view.upper.work_fd, kept)
+    _set_kept_name(view, inode, kept)
+
+
+def _set_kept_name(view: View, inode: Inode, kept: bytes) -> None:
+    inode.kept_name = kept
+    if inode.fd >= 0 and view.after_open is not None:
+        view.after_open(inode)  # its descriptor tells another number of links from now on
+
+
+def _let_go(view: View, inode: Inode) -> None:
     if inode.kept_name:
-        upper.discard(inode.kept_name)
-        inode.kept_name = b""
+        view.upper.discard(inode.kept_name)
+        _set_kept_name(view, inode, b"")
     elif isinstance(inode, Directory):
         inode.pins -= 1
     else:
-        os.close(inode.pin)
-        inode.pin = -1
+        view.table.unpin(inode)
 
 
 def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_lower_name: bool) -> None:
@@ -344,7 +354,9 @@ def lower_name_gone(view: View, inode: Inode) -> None:
         return
     upper = view.upper
     if inode.parent is None:
-        inode.pin = upper.pin(upper.work_fd, inode.kept_name)
+        if not view.can_pin():
+            return
+        view.table.pin(inode, upper.pin(upper.work_fd, inode.kept_name))
     upper.discard(inode.kept_name)
     inode.kept_name = b""
 

@@ -315,10 +315,10 @@ def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
 
 def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
     upper = copy.upper
-    if copy.inode.lower_links > 0:
+    if copy.inode.lower_links > 0 or not view.can_pin():
         copy.inode.kept_name = copy.temporary  # other names of the lower object lead here
     else:
-        copy.inode.pin = upper.pin(upper.work_fd, copy.temporary)
+        view.table.pin(copy.inode, upper.pin(upper.work_fd, copy.temporary))
         upper.calls.unlink(copy.temporary, upper.work_fd)
     copy.is_published = True
     _adopt(view, copy, real)

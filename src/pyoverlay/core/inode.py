@@ -61,7 +61,8 @@ class Inode(Held):
     which it was last looked up. links: further names like it, where known. lower_dir, lower_name: where its lower object is; kept after
     copy-up, since a hard link of it may still be found there. lower_links: names of the lower object that still show and are not the
     upper's.
-    kept_name: a link of the upper object in the work directory, while names of its lower object show that may yet want one in the upper.
+    kept_name: a link of the upper object in the work directory, while names of its lower object show that may yet want one in the upper,
+    or in the place of a pin.
     has_origin: its number is that of a lower object, so that a directory of the upper that it enters is impure.
     metacopy: where its data lie, if they are not with the rest of it. fd: a data descriptor: of those data; else of the upper object if
     in_upper, else of the lower one.
@@ -232,6 +233,7 @@ class InodeTable:
         self._by_key: dict[Key, Inode] = {}
         self._strays: dict[tuple[int, bytes], Inode] = {}  # directories whose key another place holds: by place
         self._next_reserved = _RESERVED
+        self.pinned = 0  # how many of them hold a pin
 
     def __len__(self) -> int:
         return len(self.by_ino)
@@ -292,8 +294,17 @@ class InodeTable:
             self.remove_key(inode, key)
         if self._strays:
             self._drop_stray(inode)
+        self.unpin(inode)
+        for name in inode.names():
+            inode.remove_name(*name)
+
+    def pin(self, inode: Inode, fd: int) -> None:
+        """Keep the object behind this descriptor, now the inode's, for as long as the kernel knows it."""
+        inode.pin = fd
+        self.pinned += 1
+
+    def unpin(self, inode: Inode) -> None:
         if inode.pin >= 0:
             os.close(inode.pin)
             inode.pin = -1
-        for name in inode.names():
-            inode.remove_name(*name)
+            self.pinned -= 1

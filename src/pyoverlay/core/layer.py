@@ -382,13 +382,53 @@ class Upper(Layer):
         if self.fsync is not Fsync.VOLATILE:
             self.calls.syncfs(self.root_fd)
 
+    def open_read(self, dirfd: int, name: bytes) -> int:
+        """As of any layer. What the mode refuses its owner is opened all the same: the kernel has let the caller open it, before a chmod
+        or while making it so (git's objects are made with mode 0444), and our descriptor has been closed since for want of room.
+        """
+        try:
+            return super().open_read(dirfd, name)
+        except PermissionError:
+            with self._open_to_owner(dirfd, name):
+                return super().open_read(dirfd, name)
+
     def open_write(self, dirfd: int, name: bytes) -> int:
-        """Read-write descriptor of a regular file of the upper."""
+        """Read-write descriptor of a regular file of the upper; as `open_read` where the mode refuses it."""
+        try:
+            return self._open_write(dirfd, name)
+        except PermissionError:
+            with self._open_to_owner(dirfd, name):
+                return self._open_write(dirfd, name)
+
+    def _open_write(self, dirfd: int, name: bytes) -> int:
         return _require_regular(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dirfd))
 
     def open_pinned(self, pin: int, flags: int) -> int:
-        """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it."""
-        return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
+        """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it; as `open_read`."""
+        try:
+            return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
+        except PermissionError:
+            with self._open_to_owner(pin, b""):
+                return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
+
+    def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
+        """As of any layer. `user.` attributes, and with them an ordinary user's marks, cannot be read where the mode refuses reading."""
+        try:
+            return super().read_xattr(dirfd, name, attribute)
+        except PermissionError:
+            with self._open_to_owner(dirfd, name):
+                return super().read_xattr(dirfd, name, attribute)
+
+    @contextmanager
+    def _open_to_owner(self, dirfd: int, name: bytes) -> Iterator[None]:
+        """Inside, the owner may read and write: for a daemon that is this owner and no more. EPERM, EACCES: it is somebody else's."""
+        st = os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd)
+        mode = stat.S_IMODE(st.st_mode)
+        self.calls.chmod(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            yield
+        finally:
+            self.calls.chmod(dirfd, name, mode)
 
     def pin(self, dirfd: int, name: bytes) -> int:
         """O_PATH descriptor: its inode number cannot be given to another file while this is open."""

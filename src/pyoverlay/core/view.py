@@ -55,6 +55,7 @@ class View:
         self.policy = policy
         self.owners = Owners(policy)
         self.cache = cache
+        self.pin_limit = cache.limit // 2
         self.table = InodeTable()
         self.after_open: Callable[[Inode], None] | None = None  # told of each data descriptor that appears or starts to write
         self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
@@ -92,9 +93,7 @@ class View:
         """Let go of every layer, so that their file systems can be unmounted."""
         self.cache.close_all()
         for inode in self.table.by_ino.values():
-            if inode.pin >= 0:
-                os.close(inode.pin)
-                inode.pin = -1
+            self.table.unpin(inode)
             if inode.kept_name:
                 self.upper.discard(inode.kept_name)
         self.origins.close()
@@ -189,6 +188,10 @@ class View:
         if inode.parent is None:
             return Place(self.upper, self.upper.work_fd, inode.kept_name) if inode.kept_name else Place(self.upper, inode.pin, b"")
         return Place(self.upper, self.upper_fd(inode.parent), inode.name)
+
+    def can_pin(self) -> bool:
+        """May another inode hold a descriptor until FORGET?"""
+        return self.table.pinned < self.pin_limit
 
     def is_memory(self, inode: Inode) -> bool:
         """Do the object's data lie in memory, so that reading them never waits?"""
@@ -458,7 +461,7 @@ class View:
         """The inode of a file made without a name; the descriptor that keeps it is now the inode's."""
         inode = Inode(self.table.number(self.upper.fs, st.st_ino), st.st_mode)
         inode.in_upper = True
-        inode.pin = pin
+        self.table.pin(inode, pin)
         self.table.add(inode, key_of(UPPER, st.st_ino))
         return inode
 
