@@ -256,6 +256,7 @@ def raises_again(handler: ast.ExceptHandler) -> bool:
         ("pyoverlay", {"trio", "pyfuse3", "click", "subprocess"}),
         ("pyoverlay.core", {"trio", "pyfuse3", "click"}),
         ("pyoverlay.cli", {"trio", "pyfuse3"}),
+        ("pyoverlay.cli.commit", {"trio", "pyfuse3"}),
         ("pyoverlay.cli.export", {"trio", "pyfuse3"}),
         ("pyoverlay.cli.import_", {"trio", "pyfuse3"}),
         ("pyoverlay.daemon.mount_program", {"trio", "pyfuse3", "click"}),

@@ -17,7 +17,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.errors import Refusal
 from pyoverlay.image import sources
 from pyoverlay.image.importing import Imported, Wanted, import_into
-from pyoverlay.image.store import Store
+from pyoverlay.image.store import Store, StoredLayer
 from pyoverlay.image.unpacking import Terms
 from pyoverlay.testing import snapshot
 from pyoverlay.testing.mounts import command
@@ -109,11 +109,14 @@ def test_a_layer_that_comes_twice_counts_where_it_is_highest(tmp_path: Path, imp
 
 def test_what_an_image_is_stays_known(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:
     imports(make_layout(tmp_path / "layout", [BASE, TOP], tag="1.2", author="somebody"))
-    (image,) = Store(os.fsencode(directory_of_layers)).images()
+    made = Store(os.fsencode(directory_of_layers))
+    (image,) = made.images()
     assert (image.names, image.config) == (("1.2",), config_of([BASE, TOP], author="somebody"))
-    assert [layer.diff_id for layer in image.layers] == [digest(BASE), digest(TOP)]
-    blobs = {path.name: path.read_bytes() for path in (directory_of_layers / "blobs/sha256").iterdir()}
-    assert [gzip.decompress(blobs[layer.digest[7:]]) for layer in image.layers] == [BASE, TOP]
+    assert image.diff_ids == (digest(BASE), digest(TOP))
+    for layer in (BASE, TOP):
+        origin = made.origin(digest(layer))
+        assert origin == StoredLayer(digest(layer), digest(gzip.compress(layer, mtime=0)), len(gzip.compress(layer, mtime=0)))
+        assert gzip.decompress(Path(os.fsdecode(made.blob(origin.digest))).read_bytes()) == layer
 
 
 def test_blobs_can_be_left_out_and_be_fetched_later(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:
@@ -128,7 +131,7 @@ def test_blobs_can_be_left_out_and_be_fetched_later(tmp_path: Path, imports: Imp
 def test_only_the_owner_reaches_what_is_unpacked(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:
     imports(written(tmp_path / "base.tar", BASE))
     assert {path.name: path.stat().st_mode & 0o777 for path in directory_of_layers.iterdir()} == dict.fromkeys(
-        ("layers", "blobs", "images", "unpacking"), 0o700
+        ("layers", "blobs", "origins", "images", "unpacking"), 0o700
     )
 
 
@@ -170,7 +173,7 @@ def test_a_layer_may_hold_a_file_called_manifest(tmp_path: Path, imports: Import
 
 def left(directory_of_layers: Path) -> list[str]:
     """Everything in the store but its own directories."""
-    parts = {"layers", "blobs", "sha256", "images", "unpacking"}
+    parts = {"layers", "blobs", "sha256", "origins", "images", "unpacking"}
     return [name for _, directories, files in os.walk(directory_of_layers) for name in (*directories, *files) if name not in parts]
 
 

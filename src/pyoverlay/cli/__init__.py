@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "Tell all there is of a mount: layers, options, daemon, requests.",
     "diff": "Show what changed.",
     "import": "Unpack images and layers into directories that can be lowers.",
+    "commit": "Make an image of a mount: its base, and what changed on top.",
     "export": "Write what changed as one layer of an image.",
     "doctor": "Check what this machine, and an upper, can do.",
     "completion": "Print the completion script of a shell.",

@@ -32,7 +32,7 @@ Examples:
 @click.argument("path", metavar="MERGED|UPPER")
 @click.option("output", "-o", "--output", metavar="FILE", help="Write to FILE, which appears when it is whole.  [default: stdout]")
 @click.option("--mtime", type=int, metavar="SECONDS", envvar="PYOVERLAY_MTIME", help="Time that every member gets, since 1970.")
-@click.option("--sparse", is_flag=True, envvar="PYOVERLAY_SPARSE", help="Keep holes, in GNU's format; not every engine stores it unharmed.")
+@click.option("--sparse", is_flag=True, envvar="PYOVERLAY_SPARSE", help="Keep holes, in GNU's format; Docker cannot save what it got so.")
 @click.option("--lower", metavar="LOWER[:LOWER...]", help="The layers below an UPPER that is not mounted, top first.")
 @click.option("--userxattr", is_flag=True, help="The marks of an UPPER that is not mounted are user.overlay.* attributes.")
 def command(path: str, output: str | None, mtime: int | None, sparse: bool, lower: str | None, userxattr: bool) -> None:

@@ -30,7 +30,7 @@ class Whiteout:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Nothing of what lies below the layer shows in the directory `path`. st: of the directory."""
+    """Nothing of what lies below the layer shows in the directory `path`, with a slash at its end; empty for the root. st: of it."""
 
     path: bytes
     st: os.stat_result
@@ -76,7 +76,8 @@ class _Walk:
         return self.view.lowers[0]
 
     def run(self) -> Iterator[Change]:
-        pending = [self._in_upper(self._top.root, b"")]  # instead of recursion: a tree may be deeper than Python's stack
+        # Instead of recursion: a tree may be deeper than Python's stack.
+        pending = [self._in_upper(self._top.root, b"", os.fstat(self._top.root_fd), is_opaque=False)]
         while pending:
             step = next(pending[-1], None)
             if step is None:
@@ -87,35 +88,36 @@ class _Walk:
                 yield step
             self.view.trim()
 
-    def _in_upper(self, directory: LowerDir, path: bytes) -> Iterator[_Step]:
-        """What lies in a directory of the upper."""
+    def _in_upper(self, directory: LowerDir, path: bytes, st: os.stat_result, *, is_opaque: bool) -> Iterator[_Step]:
+        """What lies in a directory of the upper, its mark first."""
         contents = self._top.read(directory)
+        if is_opaque or contents.hides_all:
+            yield Opaque(path, st)
         for name in sorted({*contents.names, *contents.whiteouts}):
             below = path + name
             if name in contents.whiteouts:
                 yield Whiteout(below)
                 continue
-            st = self._top.stat(self._top.dirfd(directory), name)
-            if st is None:  # deleted since the directory was read
+            found = self._top.stat(self._top.dirfd(directory), name)
+            if found is None:  # deleted since the directory was read
                 continue
             if name.startswith(marks.AUFS_PREFIX):
                 raise self._unspeakable(below)
-            if stat.S_ISDIR(st.st_mode):
-                yield from self._upper_directory(directory, name, below, st)
+            if stat.S_ISDIR(found.st_mode):
+                yield from self._upper_directory(directory, name, below, found)
             else:
-                yield self._upper_object(directory, name, below, st)
+                yield self._upper_object(directory, name, below, found)
 
     def _upper_directory(self, parent: LowerDir, name: bytes, path: bytes, st: os.stat_result) -> Iterator[_Step]:
         dirfd = self._top.dirfd(parent)
         found = self._top.listmarks(dirfd, name)
         yield Object(path, st, Place(self._top, dirfd, name))
         if marks.REDIRECT in found:
-            yield Opaque(path, st)
+            yield Opaque(path + b"/", st)
             yield self._in_merged(self._merged_directory(path), path + b"/")
             return
-        if marks.OPAQUE in found and self._top.getmark(self._top.dirfd(parent), name, marks.OPAQUE) == b"y":
-            yield Opaque(path, st)
-        yield self._in_upper(LowerDir(self._top, parent, name), path + b"/")
+        is_opaque = marks.OPAQUE in found and self._top.getmark(self._top.dirfd(parent), name, marks.OPAQUE) == b"y"
+        yield self._in_upper(LowerDir(self._top, parent, name), path + b"/", st, is_opaque=is_opaque)
 
     def _upper_object(self, directory: LowerDir, name: bytes, path: bytes, st: os.stat_result) -> Object:
         place = Place(self._top, self._top.dirfd(directory), name)

@@ -40,8 +40,8 @@ _CARRIED = (CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default")
 class Manner:
     """How a layer is written.
 
-    mtime: seconds since 1970 that every member gets, None: its own. is_sparse: holes are kept as holes, in GNU's format 1.0, which
-    not every engine stores unharmed.
+    mtime: seconds since 1970 that every member gets, None: its own. is_sparse: holes are kept as holes, in GNU's format 1.0. Engines
+    unpack it, but an image with such a layer cannot be saved again by Docker 20.10: "could not verify layer data".
     """
 
     mtime: int | None = None
@@ -119,7 +119,7 @@ def _member(change: Change) -> Member:
             above, slash, name = path.rpartition(b"/")
             return Member(above + slash + marks.AUFS_PREFIX + name, Kind.FILE, mode=0o600)
         case Opaque(path, st):
-            return Member(path + b"/" + marks.AUFS_OPAQUE, Kind.FILE, stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid)
+            return Member(path + marks.AUFS_OPAQUE, Kind.FILE, stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid)
         case Object(path, st, place, first):
             kind = _KINDS[stat.S_IFMT(st.st_mode)] if first is None else Kind.LINK
             target = first or (place.layer.readlink(place.dirfd, place.name) if kind is Kind.SYMLINK else b"")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pyoverlay.errors import Refusal
 from pyoverlay.image import sources
@@ -15,6 +16,7 @@ from pyoverlay.image.streams import TooLarge
 from pyoverlay.image.tar_reader import MalformedArchive
 from pyoverlay.image.unpacking import Terms, Unacceptable
 
+T = TypeVar("T")
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
@@ -48,11 +50,11 @@ def import_into(store: Store, paths: Iterable[bytes], wanted: Wanted, bar: Bar =
         with sources.opened(path, store.scratch, wanted.max_size, wanted.tag) as image:
             added += _add_layers(store, path, image, wanted, bar)
             if image.config is not None:
-                store.add_image(image.names, image.config, [one.stored for one in added[-len(image.layers) :]])
+                store.add_image(image.names, image.config, [layer.diff_id for layer in image.layers])
     return Imported(tuple(reversed(distinct([one.path for one in added]))), sum(one.disarmed for one in added))
 
 
-def distinct(lowest_first: Sequence[bytes]) -> list[bytes]:
+def distinct(lowest_first: Sequence[T]) -> list[T]:
     """Each layer once, at its highest place: what it says there it says again, over all that lies between."""
     return list(dict.fromkeys(reversed(lowest_first)))[::-1]
 

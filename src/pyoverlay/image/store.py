@@ -2,7 +2,8 @@
 
     layers/HEX                the layer whose uncompressed archive has this SHA-256 (its diff_id): a directory that can be a lower
     blobs/sha256/HEX          the layer as it came, compressed or not, by the SHA-256 of that
-    images/HEX.json           an image: its names, its configuration, its layers; HEX is the SHA-256 of its configuration
+    origins/HEX.json          which blob a layer came from, kept or not
+    images/HEX.json           an image: its names, its configuration, its layers' diff_ids; HEX is the SHA-256 of its configuration
     unpacking/HEX             a layer on its way, locked (flock) by whoever unpacks it
 
 Everything is for its owner alone, mode 0700: layers hold set-id programs that nobody else should run. A layer gets its final name by one
@@ -30,12 +31,12 @@ from pyoverlay.image.tar_reader import MalformedArchive, TarReader
 from pyoverlay.image.unpacking import Terms, unpack
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PARTS = (b"layers", b"blobs", b"blobs/sha256", b"images", b"unpacking")
+_PARTS = (b"layers", b"blobs", b"blobs/sha256", b"origins", b"images", b"unpacking")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """diff_id: of the archive. digest, size: of the blob it came from, which may or may not have been kept."""
+    """diff_id: of the archive. digest, size in bytes: of the blob it came from, which may or may not have been kept."""
 
     diff_id: str
     digest: str
@@ -48,7 +49,7 @@ class StoredImage:
 
     names: tuple[str, ...]
     config: dict[str, Any]
-    layers: tuple[StoredLayer, ...]
+    diff_ids: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -126,9 +127,16 @@ class Store:
             _verify(source.digest, raw.digest)
             if copy is not None:
                 os.rename(copy, self.blob(raw.digest))
+            stored = StoredLayer(source.diff_id, raw.digest, raw.size)
+            self._write("origins", _hex(source.diff_id), asdict(stored))
             if not is_there:
                 os.rename(os.path.join(place, b"tree"), path)
-            return Added(StoredLayer(source.diff_id, raw.digest, raw.size), path, disarmed)
+            return Added(stored, path, disarmed)
+
+    def origin(self, diff_id: str) -> StoredLayer | None:
+        """What a layer came from; None where that is not known."""
+        path = os.path.join(self.path, b"origins", _hex(diff_id) + b".json")
+        return StoredLayer(**_read(path)) if os.path.exists(path) else None
 
     @contextmanager
     def _locked(self, diff_id: str) -> Iterator[bytes]:
@@ -159,24 +167,26 @@ class Store:
 
     # -- images
 
-    def add_image(self, names: Sequence[str], config: dict[str, Any], layers: Sequence[StoredLayer]) -> None:
+    def add_image(self, names: Sequence[str], config: dict[str, Any], diff_ids: Sequence[str]) -> None:
         """Remember what an image consists of; what was known of one with this configuration is replaced."""
         name = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        record = {"schema": 1, "names": [*names], "config": config, "layers": [asdict(layer) for layer in layers]}
-        with replacing(os.path.join(self.path, b"images", name.encode() + b".json"), 0o600) as file:
-            file.write(json.dumps(record, indent=1).encode())
+        self._write("images", name.encode(), {"names": [*names], "config": config, "diff_ids": [*diff_ids]})
 
     def images(self) -> list[StoredImage]:
         """Every image that is known, the latest first."""
         directory = os.path.join(self.path, b"images")
         files = [os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(b".json")]
-        return [_read_image(file) for file in sorted(files, key=lambda file: os.stat(file).st_mtime_ns, reverse=True)]
+        records = [_read(file) for file in sorted(files, key=lambda file: os.stat(file).st_mtime_ns, reverse=True)]
+        return [StoredImage(tuple(record["names"]), record["config"], tuple(record["diff_ids"])) for record in records]
+
+    def _write(self, part: str, name: bytes, record: dict[str, Any]) -> None:
+        with replacing(os.path.join(self.path, os.fsencode(part), name + b".json"), 0o600) as file:
+            file.write(json.dumps(record, indent=1).encode())
 
 
-def _read_image(path: bytes) -> StoredImage:
+def _read(path: bytes) -> Any:
     with open(path, "rb") as file:
-        record = json.load(file)
-    return StoredImage(tuple(record["names"]), record["config"], tuple(StoredLayer(**layer) for layer in record["layers"]))
+        return json.load(file)
 
 
 def _hex(digest: str) -> bytes:
