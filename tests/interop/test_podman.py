@@ -98,8 +98,14 @@ def test_the_change_of_an_image_is_shown_without_a_trace_in_its_layer(podman: Po
     layers = [path / "diff" for path in podman.store.iterdir() if (path / "diff/new").exists()]
     before = [snapshot(layer) for layer in layers]
     assert any("etc/.wh.passwd" in str(sorted(layer)) for layer in before)
-    assert "A /new" in podman.podman("diff", "built").splitlines()
+    assert set(podman.podman("diff", "built").splitlines()) == {"A /new", "C /etc", "D /etc/passwd"}
     assert [snapshot(layer) for layer in layers] == before
+
+
+def test_a_name_that_would_be_a_whiteout_in_the_image_cannot_be_made(podman: Podman) -> None:
+    result = podman.attempt("podman", "run", "--rm", IMAGE, "touch", "/etc/.wh.passwd")
+    assert result.returncode == 1
+    assert "Invalid argument" in result.stderr
 
 
 def test_a_read_only_container_cannot_be_written_to(podman: Podman) -> None:

@@ -113,6 +113,7 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
     if inode.has_origin:
         mark_impure(view, parent)
     _, from_dirfd, from_name = view.place(inode)
+    replace_aufs_whiteout(view, parent, name)
     dirfd = view.upper_fd(parent)
     try:
         upper.calls.link(from_dirfd, from_name, dirfd, name)
@@ -212,6 +213,21 @@ def ready_for_whiteouts(view: View, directory: Directory) -> None:
         return
     view.upper.set_mark(view.upper_fd(directory), b".", marks.OPAQUE, b"x")
     directory.has_xattr_whiteouts = True
+
+
+def require_nameable(view: View, name: bytes) -> None:
+    """EINVAL for a name that would read as a whiteout."""
+    if view.upper.reads_aufs and name.startswith(marks.AUFS_PREFIX):
+        raise failure(errno.EINVAL)
+
+
+def replace_aufs_whiteout(view: View, parent: Directory, name: bytes) -> None:
+    """Before something gets a name that `.wh.NAME` hides: a whiteout of our own in its stead, which is then in the way of what is made."""
+    upper, dirfd = view.upper, view.upper_fd(parent)
+    if upper.has_aufs_whiteout(dirfd, name):
+        if upper.stat(dirfd, name) is None:
+            put_whiteout(view, parent, name, over=False)
+        upper.calls.unlink(marks.AUFS_PREFIX + name, dirfd)
 
 
 def put_whiteout(view: View, parent: Directory, name: bytes, *, over: bool) -> None:
@@ -382,6 +398,7 @@ def _require(view: View, parent: Directory, name: bytes) -> Inode:
 def _require_absent(view: View, parent: Directory, name: bytes) -> None:
     if parent.is_orphan:
         raise failure(errno.ENOENT)
+    require_nameable(view, name)
     if (parent.listing is not None and name in parent.listing) or (parent.listing is None and has_visible_lower(view, parent, name)):
         raise failure(errno.EEXIST)
 
@@ -390,8 +407,10 @@ def has_visible_lower(view: View, parent: Directory, name: bytes) -> bool:
     """Does the merged view show a lower's object under this name?"""
     if not parent.lowers:
         return False
-    if parent.in_upper and view.upper.stat(view.upper_fd(parent), name) is not None:
-        return False
+    if parent.in_upper:
+        dirfd = view.upper_fd(parent)
+        if view.upper.stat(dirfd, name) is not None or view.upper.has_aufs_whiteout(dirfd, name):
+            return False
     return view.find_lower(parent, name) is not None
 
 
@@ -432,6 +451,7 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
     """
     _require_absent(view, parent, name)
     open_for_change(view, parent)
+    replace_aufs_whiteout(view, parent, name)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     try:

@@ -365,6 +365,7 @@ class Upper(Layer):
         self._ids = (os.geteuid(), os.getegid())
         self._temporary = itertools.count(1)
         self.takes_devices = True
+        self.reads_aufs = False  # `.wh.NAME` is a whiteout: an image's layer that an engine stored, mounted as an upper
         self.squash: tuple[int | None, int | None] = (None, None)  # the owner that everything has in the view, if it is one
         self._spare: bytes | None = None
         self._litter: list[bytes] = []  # what could not be discarded
@@ -465,7 +466,23 @@ class Upper(Layer):
     def is_whiteout(self, dirfd: int, name: bytes, st: os.stat_result, *, has_xattr_whiteouts: bool) -> bool:
         if marks.is_whiteout_device(st):
             return True
-        return has_xattr_whiteouts and marks.may_be_whiteout_file(st) and self.getmark(dirfd, name, marks.WHITEOUT) is not None
+        if not marks.may_be_whiteout_file(st):
+            return False
+        if self.reads_aufs and name.startswith(marks.AUFS_PREFIX):
+            return True
+        return has_xattr_whiteouts and self.getmark(dirfd, name, marks.WHITEOUT) is not None
+
+    def has_aufs_whiteout(self, dirfd: int, name: bytes) -> bool:
+        """Does `.wh.NAME` hide this name?"""
+        if not self.reads_aufs:
+            return False
+        st = self.stat(dirfd, marks.AUFS_PREFIX + name)
+        return st is not None and marks.may_be_whiteout_file(st)
+
+    def is_aufs_opaque(self, dirfd: int, name: bytes) -> bool:
+        """Does a directory hide all below it by `.wh..wh..opq` in it?"""
+        st = self.stat(dirfd, name + b"/" + marks.AUFS_OPAQUE) if self.reads_aufs else None
+        return st is not None and marks.may_be_whiteout_file(st)
 
     def whiteout(self) -> bytes:
         """The name, in the work directory, of a whiteout ready to be renamed to its place."""

@@ -26,11 +26,11 @@ class RedirectDir(Enum):
 
 
 class Whiteouts(Enum):
-    """`whiteouts=`: which spellings of a whiteout a lower may use. The upper always uses the kernel's."""
+    """`whiteouts=`: which spellings of a whiteout count. What is made here is always the kernel's."""
 
     AUTO = "auto"  # the kernel's, and empty `.wh.NAME` files in lowers
     KERNEL = "kernel"  # the kernel's alone: `.wh.NAME` is an ordinary file
-    AUFS = "aufs"  # as AUTO, and written so in an upper that refuses character devices
+    AUFS = "aufs"  # as AUTO, in the upper too, where then no name may begin with `.wh.`
 
 
 class Fsync(Enum):

@@ -22,6 +22,8 @@ from pyoverlay.core.change import (
     path_in_lowers,
     put_whiteout,
     ready_for_whiteouts,
+    replace_aufs_whiteout,
+    require_nameable,
     set_redirect,
 )  # fmt: skip
 from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
@@ -85,6 +87,7 @@ def _entry(view: View, parent: Directory, name: bytes) -> Entry:
 def _check(view: View, old: Inode, new: Entry, flags: int) -> None:
     if new.parent.is_orphan:
         raise failure(errno.ENOENT)
+    require_nameable(view, new.name)
     if new.inode is None:
         if flags & RENAME_EXCHANGE:
             raise failure(errno.ENOENT)
@@ -148,6 +151,7 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
     leaves_whiteout = has_lower(view, old.parent, old.name)
     is_upper = new.inode is not None and in_upper(view, new.parent, new.name)
     if new.inode is None:
+        replace_aufs_whiteout(view, new.parent, new.name)
         _move(view, old, new, leaves_whiteout=leaves_whiteout, is_upper=False)
         return
     if is_upper and isinstance(new.inode, Directory):

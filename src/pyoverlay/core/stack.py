@@ -63,8 +63,8 @@ def open_view(
 def open_probed(lowers: Sequence[bytes], policy: Policy, *, upper: bytes | None = None, masked: frozenset[tuple[int, int]]) -> View:
     """A view to ask single names of: lowers alone, or below `upper` as one more layer that is only read. Nothing is written anywhere.
 
-    Layer 1 is the upper, there or not; the lowers count from 2. In an upper `.wh.NAME` is an ordinary file, unless the mount writes its
-    whiteouts so. masked: (st_dev, st_ino) of directories that show empty. Raises OSError with the path as its filename.
+    Layer 1 is the upper, there or not; the lowers count from 2. In an upper `.wh.NAME` is an ordinary file, unless the mount reads it as
+    a whiteout. masked: (st_dev, st_ino) of directories that show empty. Raises OSError with the path as its filename.
     """
     cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
     prefix = marks.USER if policy.userxattr else marks.TRUSTED
@@ -139,6 +139,7 @@ def _open_upper(
         fs = _filesystem(upper_fd, filesystems)
         layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync, calls=calls)
         layer.keeps_order = keeps_order(upper_fd)
+        layer.reads_aufs = policy.whiteouts is Whiteouts.AUFS
         layer.squash = (policy.squash_uid, policy.squash_gid)
         return layer
     except OSError:

@@ -351,6 +351,8 @@ class View:
                 if upper.is_whiteout(self.upper_fd(parent), name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts):
                     return None
                 return self._upper_file(parent, name, st), st
+            if upper.reads_aufs and upper.has_aufs_whiteout(self.upper_fd(parent), name):
+                return None
         return self.lookup_lower(parent, name)
 
     def report(self, parent: Directory, name: bytes, error: OSError) -> None:
@@ -401,6 +403,8 @@ class View:
         upper, dirfd = self.upper, self.upper_fd(parent)
         found = upper.listmarks(dirfd, name)
         opaque = upper.getmark(dirfd, name, marks.OPAQUE) if marks.OPAQUE in found else None
+        if upper.is_aufs_opaque(dirfd, name):
+            opaque = b"y"
         redirect = self._merge.redirect(upper, dirfd, name) if marks.REDIRECT in found else None
         lowers: tuple[LowerDir, ...] = ()
         first = None
@@ -549,9 +553,11 @@ class View:
         for entry in upper.scan(dirfd):
             name = os.fsencode(entry.name)
             is_file = entry.is_file(follow_symlinks=False)
-            is_plain = entry.is_symlink() or entry.is_dir(follow_symlinks=False) or (is_file and not directory.has_xattr_whiteouts)
+            is_aufs = upper.reads_aufs and name.startswith(marks.AUFS_PREFIX)
+            is_plain_file = is_file and not directory.has_xattr_whiteouts and not is_aufs
+            is_plain = is_plain_file or entry.is_symlink() or entry.is_dir(follow_symlinks=False)
             st = None if is_plain else upper.stat(dirfd, name)
             if st is not None and upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=directory.has_xattr_whiteouts):
-                hidden.add(name)
+                hidden.add(name[len(marks.AUFS_PREFIX) :] if is_aufs and is_file else name)
             else:
                 names[name] = None

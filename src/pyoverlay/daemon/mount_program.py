@@ -3,6 +3,9 @@
     mount.fuse.pyoverlay SOURCE MERGED [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]        mount(8), options anywhere
     mount.fuse.pyoverlay -o OPTIONS MERGED                                                 podman, buildah, Docker
 
+Engines store whiteouts as `.wh.NAME` files, and mount such a layer as an upper to see what an image changes (`podman diff IMAGE`). So where
+there is no SOURCE, which mount(8) always gives, `whiteouts=aufs` is what is meant by nothing.
+
 Here `-f` is mount(8)'s fake (do everything but mount), not the foreground. Exit codes (mount(8), "EXIT STATUS"): 0 mounted, 1 usage or
 permission, 2 system error, 32 refused. Nothing is written to stderr on success, and everything inherited above it is closed: engines
 wait for the end of every descriptor they gave us.
@@ -15,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from pyoverlay.core.policy import Whiteouts
 from pyoverlay.daemon import launch, report
 from pyoverlay.daemon.options import parse
 from pyoverlay.daemon.request import Request
@@ -62,6 +66,8 @@ def _mount(arguments: _Arguments) -> None:
         raise UsageError(f"no lowerdir= among the options; {USAGE}")
     if source and options.source is None and source[0] != "none":
         options = replace(options, source=source[0])
+    if not source and not any(option.startswith("whiteouts=") for option in options.given):
+        options = replace(options, whiteouts=Whiteouts.AUFS)
     request = Request(options, os.fsencode(merged))
     if arguments.namespace is not None:
         request = launch.absolute(request)
