@@ -100,7 +100,8 @@ def nothing_left_by_this_test(tmp_path_factory: pytest.TempPathFactory) -> Itera
     base = tmp_path_factory.getbasetemp()
     mounts_before, descriptors_before = mounts_below(base), _descriptors()
     yield
-    mounts = [mount for mount in mounts_below(base) if mount not in mounts_before]
+    places_before = {mount.mount_point for mount in mounts_before}  # what a module shares may have been mounted anew
+    mounts = [mount for mount in mounts_below(base) if mount.mount_point not in places_before]
     for mount in reversed(mounts):
         Connection.of(mount).detach()
     assert not mounts, f"this test left mounts: {[mount.mount_point for mount in mounts]}"

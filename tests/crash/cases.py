@@ -167,4 +167,22 @@ METACOPY = {
     "write_after_rename": Case(lambda m: m.write("directory/new", b"changed"), lambda m: m.rename("file", "directory/new")),
 }
 CASES |= {name: replace(case, metacopy=True) for name, case in METACOPY.items()}
+
+# What ends with an fsync: after it all that the case did must survive, whatever happens.
+DURABLE = {
+    "create_and_fsync": Case(steps(lambda m: m.create("directory/deep/new", b"content"), lambda m: m.fsync("directory/deep/new"))),
+    "write_to_a_lower_file_and_fsync": Case(steps(lambda m: m.write("file", b"changed"), lambda m: m.fsync("file"))),
+    "append_deep_in_a_lower_and_fsync": Case(
+        steps(lambda m: m.write("directory/deep/bottom", b"more", 6), lambda m: m.fsync("directory/deep/bottom"))
+    ),
+    "truncate_of_a_lower_file_and_fsync": Case(steps(lambda m: m.truncate("file", 5), lambda m: m.fsync("file"))),
+    "create_over_a_whiteout_and_fsync": Case(
+        steps(lambda m: m.create("file", b"content"), lambda m: m.fsync("file")), lambda m: m.unlink("file")
+    ),
+    "unlink_and_fsync_of_the_directory": Case(steps(lambda m: m.unlink("directory/inside"), lambda m: m.fsync("directory"))),
+    "rename_and_fsync_of_the_directory": Case(steps(lambda m: m.rename("file", "other"), lambda m: m.fsync(""))),
+    "mkdir_and_fsync_of_the_directory": Case(steps(lambda m: m.mkdir("directory/new"), lambda m: m.fsync("directory"))),
+}
+
 RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not (case.is_redirect or case.metacopy)}
+ALL = CASES | DURABLE

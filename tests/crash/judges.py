@@ -11,12 +11,10 @@ from pyoverlay.core.calls import Calls
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.stack import open_view
 from pyoverlay.testing import make_tree, snapshot
-from tests.crash.cases import BELOW, CASES, LOWER
+from tests.crash.cases import ALL, BELOW, LOWER
 from tests.crash.victim import policy_of
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.unit.merged import Faulty, Merged, TreeSeen, timeless
-
-LOWERS = ("lower1", "lower2")
 
 
 def unlinked(tree: TreeSeen) -> TreeSeen:
@@ -26,17 +24,35 @@ def unlinked(tree: TreeSeen) -> TreeSeen:
     return {path: replace(entry, nlink=0, first_name=b"") for path, entry in timeless(tree).items()}
 
 
+def difference(seen: TreeSeen, old: TreeSeen, new: TreeSeen) -> dict[bytes, object]:
+    """What is at the paths where the three are not all the same."""
+    return {
+        path: (seen.get(path), old.get(path), new.get(path))
+        for path in seen.keys() | old.keys() | new.keys()
+        if not seen.get(path) == old.get(path) == new.get(path)
+    }
+
+
 @dataclass(slots=True)
 class Bed:
-    """Layers in a directory, made anew for each crash but for the lowers, which nothing changes."""
+    """Layers in a directory, made anew for each crash but for the lowers, which nothing changes.
+
+    below: where the lowers are, if not beside the upper.
+    """
 
     base: Path
+    below: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, tree in zip(LOWERS, (LOWER, BELOW), strict=True):
-            (self.base / name).mkdir()
-            make_tree(self.base / name, tree)
+        for lower, tree in zip(self.lowers, (LOWER, BELOW), strict=True):
+            lower.mkdir()
+            make_tree(lower, tree)
         (self.base / "merged").mkdir()
+
+    @property
+    def lowers(self) -> tuple[Path, Path]:
+        below = self.below or self.base
+        return below / "lower1", below / "lower2"
 
     def renew(self) -> None:
         """An empty upper and an empty work directory."""
@@ -45,7 +61,7 @@ class Bed:
             (self.base / name).mkdir()
 
     def view(self, calls: Calls | None = None, *, metacopy: bool = False) -> Merged:
-        lowers = [os.fsencode(self.base / name) for name in LOWERS]
+        lowers = [os.fsencode(lower) for lower in self.lowers]
         policy = policy_of(Fsync.ORDERED, metacopy=metacopy)
         return Merged(open_view(lowers, os.fsencode(self.base / "upper"), os.fsencode(self.base / "work"), policy, calls))
 
@@ -61,7 +77,7 @@ class Bed:
     def by_the_kernel(self) -> TreeSeen:
         """The tree that the kernel shows, over the same work directory."""
         overlay = KernelOverlay(
-            tuple(self.base / name for name in LOWERS), self.base / "upper", self.base / "merged",
+            self.lowers, self.base / "upper", self.base / "merged",
             ("redirect_dir=on", "index=off", "metacopy=on"), work_directory=self.base / "work",
         )  # fmt: skip
         overlay.mount()
@@ -72,7 +88,7 @@ class Bed:
 
     def old_and_new(self, name: str) -> tuple[TreeSeen, TreeSeen, list[str]]:
         """The tree before and after a case in which nothing fails, and the calls in between."""
-        case = CASES[name]
+        case = ALL[name]
         self.renew()
         merged = self.view(metacopy=case.metacopy)
         case.prepare(merged)

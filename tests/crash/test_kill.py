@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from pyoverlay.testing import Directory, Symlink, Tree, Whiteout, make_tree
 from tests.crash.cases import RUNNABLE
-from tests.crash.judges import LOWERS, Bed
+from tests.crash.judges import Bed, difference
 from tests.crash.victim import MOUNT, Victims
-from tests.unit.merged import Faulty, TreeSeen
-
-
-@pytest.fixture(scope="module")
-def victims() -> Iterator[Victims]:
-    with Victims() as running:
-        yield running
+from tests.unit.merged import Faulty
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +23,7 @@ def test_killed_at_any_call_the_tree_is_the_old_or_the_new_one(victims: Victims,
     old, new, calls = bed.old_and_new(name)
     for at in range(1, len(calls) + 2):
         bed.renew()
-        victims.die(bed.base, name, at, lowers=LOWERS)
+        victims.die(bed.base, name, at, lowers=bed.lowers)
         judges = [bed.by_us, bed.by_the_kernel] if at % 2 else [bed.by_the_kernel, bed.by_us]  # who comes first finds the litter
         for judge in judges:
             seen = judge()
@@ -57,13 +49,5 @@ def test_killed_while_it_clears_the_work_directory_the_next_mount_clears_the_res
     expected = bed.by_us()
     for at in range(1, counted.count + 1):
         litter()
-        victims.die(bed.base, MOUNT, at, lowers=LOWERS)
+        victims.die(bed.base, MOUNT, at, lowers=bed.lowers)
         assert bed.by_us() == bed.by_the_kernel() == expected
-
-
-def difference(seen: TreeSeen, old: TreeSeen, new: TreeSeen) -> dict[bytes, object]:
-    return {
-        path: (seen.get(path), old.get(path), new.get(path))
-        for path in seen.keys() | old.keys() | new.keys()
-        if not seen.get(path) == old.get(path) == new.get(path)
-    }

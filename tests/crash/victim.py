@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
-from tests.crash.cases import CASES
+from tests.crash.cases import ALL
 from tests.unit.merged import POLICY, Faulty, Merged
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN, of _IOR('X', 125, __u32)
@@ -56,27 +56,36 @@ def cut_power(directory: Path, *, commit_first: bool) -> NoReturn:
     """The file system of `directory` stops as at a power cut: what is not in its log by now is lost. commit_first: an unrelated fsync puts
     the log on disk, with the names that were given up to now; data that nobody had written out is not in it.
     """
-    root = os.open(directory, os.O_RDONLY)
     if commit_first:
-        other = os.open("other", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=root)
+        other = os.open(directory / "other", os.O_CREAT | os.O_WRONLY, 0o600)
         os.write(other, b"x")
         os.fsync(other)
-    fcntl.ioctl(root, _SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING_THE_LOG))
+    shut_down(directory)
     kill()
+
+
+def shut_down(directory: Path) -> None:
+    """Stop the file system that a directory lies on, without writing out its log."""
+    root = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.ioctl(root, _SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING_THE_LOG))
+    finally:
+        os.close(root)
 
 
 def die(order: dict[str, Any]) -> None:
     """Do what the order says, in a child."""
     base = Path(order["base"])
-    lowers = [os.fsencode(base / name) for name in order["lowers"]]
-    policy = policy_of(Fsync(order["fsync"]), metacopy=order["case"] != MOUNT and CASES[order["case"]].metacopy)
+    lowers = [os.fsencode(lower) for lower in order["lowers"]]
+    case = ALL.get(order["case"])
+    policy = policy_of(Fsync(order["fsync"]), metacopy=case is not None and case.metacopy)
     end = kill if order["how"] == "kill" else lambda: cut_power(base, commit_first=order["how"] == "commit and cut")
     calls = Deadly(order["at"], end)
-    if order["case"] == MOUNT:
+    if case is None:
         open_view(lowers, os.fsencode(base / "upper"), os.fsencode(base / "work"), policy, calls)
     else:
         view = open_view(lowers, os.fsencode(base / "upper"), os.fsencode(base / "work"), policy)
-        merged, case = Merged(view), CASES[order["case"]]
+        merged = Merged(view)
         case.prepare(merged)
         if order["how"] != "kill":
             view.sync()  # what was there before is on disk
@@ -110,11 +119,11 @@ class Victims(AbstractContextManager["Victims"]):
         program, checkout = [sys.executable, "-m", "tests.crash.victim"], Path(__file__).parents[2]
         self._server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout)
 
-    def die(self, base: Path, case: str, at: int, *, lowers: tuple[str, ...], how: str = "kill", fsync: Fsync = Fsync.ORDERED) -> None:
+    def die(self, base: Path, case: str, at: int, *, lowers: Sequence[Path], how: str = "kill", fsync: Fsync = Fsync.ORDERED) -> None:
         """A process does `case` on the layers in `base` and has ended at call `at` when this returns; 1 is the first."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        order = {"base": str(base), "case": case, "at": at, "lowers": lowers, "how": how, "fsync": fsync.value}
+        order = {"base": str(base), "case": case, "at": at, "lowers": [str(lower) for lower in lowers], "how": how, "fsync": fsync.value}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         assert int(self._server.stdout.readline()) == signal.SIGKILL, "the process did not get as far; its traceback is above"

@@ -23,6 +23,7 @@ from pyoverlay.core.attributes import Wanted
 from pyoverlay.core.calls import Calls
 from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.layer import readable_dir
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.rename import rename
 from pyoverlay.core.stack import open_view
@@ -201,6 +202,17 @@ class Merged:
                 raise failure(errno.ENXIO)  # a fifo that nobody reads
             copyup.copy_up(self.view, inode)
             attributes.write(self.view, inode, content, offset)
+
+    def fsync(self, path: str) -> None:
+        with self._request():
+            inode = self.walk(path)
+            assert inode.in_upper, "what is a lower's alone is on disk"
+            fd = readable_dir(self.view.upper_fd(inode)) if isinstance(inode, Directory) else self.view.data_fd(inode, write=True)
+            try:
+                self.view.upper.calls.fsync(fd)
+            finally:
+                if isinstance(inode, Directory):
+                    os.close(fd)
 
     def truncate(self, path: str, size: int) -> None:
         with self._request():

@@ -20,6 +20,7 @@ from pyoverlay.core import attributes, syscalls
 from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
+from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import View, failure
 from pyoverlay.fuse import direct, opcodes
 from pyoverlay.fuse.answers import INLINE_COPY, Answers, Shown
@@ -151,6 +152,8 @@ class WiredOperations(Operations):
     # -- what is never asked again
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if self.view.policy.fsync is Fsync.STRICT:
+            return await super().open(inode, flags, ctx)  # closing has to sync: the kernel tells of it where it was told of opening
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
