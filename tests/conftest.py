@@ -142,6 +142,7 @@ def abort_if_hung(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     watchdog.start()
     yield
     watchdog.cancel()
+    watchdog.join()  # it shares this thread's root directory: setns(2) to another mount namespace would be refused
     assert not aborted.is_set(), "this test hung; its mounts were aborted"
 
 
