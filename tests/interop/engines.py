@@ -171,8 +171,8 @@ def root_podman(image: Path, program: Path = MOUNT_PROGRAM, options: str = "") -
 
 
 @contextmanager
-def user_podman(image: Path, program: Path = MOUNT_PROGRAM, options: str = "") -> Iterator[Podman]:
-    """The same of an ordinary user, in that user's home directory."""
+def user_podman(image: Path, program: Path = MOUNT_PROGRAM, options: str = "", subordinates: int = SUBORDINATES) -> Iterator[Podman]:
+    """The same of an ordinary user, in that user's home directory. subordinates: how many ids the user has besides its own."""
     with short_directory() as directory:
         home = directory / "home"
         for path in (home, directory / "run"):
@@ -180,7 +180,7 @@ def user_podman(image: Path, program: Path = MOUNT_PROGRAM, options: str = "") -
             os.chown(path, USER, USER)
         _configure(home, program, options)
         environment = _environment(home) | {"HOME": str(home), "XDG_RUNTIME_DIR": str(directory / "run"), "USER": "pyo"}
-        yield from _started(Podman(home, environment, _as_user(directory)), image)
+        yield from _started(Podman(home, environment, _as_user(directory, subordinates)), image)
 
 
 def _started(podman: Podman, image: Path) -> Iterator[Podman]:
@@ -209,14 +209,14 @@ def _environment(directory: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _as_user(directory: Path) -> tuple[str, ...]:
+def _as_user(directory: Path, subordinates: int) -> tuple[str, ...]:
     """What makes a command that of a user whom the machine does not know, with a /dev/fuse that opens."""
     node = directory / "fuse"
     os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))
     node.chmod(0o666)
     (directory / "passwd").write_text(f"{Path('/etc/passwd').read_text()}pyo:x:{USER}:{USER}::{directory}/home:/bin/sh\n")
     (directory / "group").write_text(f"{Path('/etc/group').read_text()}pyo:x:{USER}:\n")
-    (directory / "subordinate").write_text(f"pyo:{FIRST_SUBORDINATE}:{SUBORDINATES}\n")
+    (directory / "subordinate").write_text(f"pyo:{FIRST_SUBORDINATE}:{subordinates}\n" if subordinates else "")
     bound = {"fuse": "/dev/fuse", "passwd": "/etc/passwd", "group": "/etc/group", "subordinate": "/etc/subuid"}
     script = "".join(f'mount --bind "$0/{name}" {path}; ' for name, path in bound.items())
     script += f'mount --bind "$0/subordinate" /etc/subgid; exec setpriv --reuid={USER} --regid={USER} --clear-groups "$@"'
