@@ -12,6 +12,7 @@ fs/overlayfs/copy_up.c: chown clears suid, sgid and capabilities even for root, 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Layer, Place, Upper, tolerated
 from pyoverlay.core.policy import Fsync, Verity
 from pyoverlay.core.view import View, failure
+
+log = logging.getLogger(__name__)
 
 _BUFFER = 1 << 20
 
@@ -333,6 +336,7 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
         os.close(copy.fd)  # who reads goes on with the data's own
     elif copy.fd >= 0:
         view.set_data_fd(copy.inode, copy.fd, is_writable=True)
+    log.debug("copied up %d: %d bytes", copy.inode.ino, copy.size)
 
 
 def copy_attributes(

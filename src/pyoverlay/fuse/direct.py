@@ -43,6 +43,7 @@ def at_once(answers: Answers, name: str, method: Direct) -> Direct:
         try:
             return method(*fields)
         except OSError as error:
+            log.debug("%s of %s: %s", name, fields[0], error.strerror)
             return -(error.errno or errno.EIO)
         except NotAtOnce:
             return NotImplemented

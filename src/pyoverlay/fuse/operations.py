@@ -146,7 +146,6 @@ class Operations(pyfuse3.Operations):
             with copyup.prepare(self.view, inode, size, attributes_only=attributes_only) as this.copy:
                 await self._in_thread(copyup.fill, this.copy)
                 copyup.publish(self.view, this.copy)
-                log.debug("copied up %d: %d bytes", inode.ino, this.copy.size)
                 return this.copy.is_truncation
         finally:
             del self._copying[inode]
