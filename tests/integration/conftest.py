@@ -1,11 +1,11 @@
 """A mount for each module whose tests bring their layers along (see `looks.layers`), and a directory in it for each test.
 
-PYOVERLAY_TESTS_OVER=kernel runs those tests over the kernel's overlay instead: what is said there of the format must hold for both.
+PYOVERLAY_TESTS_OVER=kernel runs those tests over the kernel's overlay instead (tests/posix/peers.py): what is said there of the format must
+hold for both.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from pyoverlay.testing import Overlay, Tree, make_tree, mounts_below
 from tests.integration.looks import Here, Layers, litter
 from tests.integration.unprivileged import make_home
 from tests.posix.kernel_overlay import KernelOverlay
+from tests.posix.peers import overlay_under_test
 
 
 def layers_of(module: object) -> dict[str, Layers]:
@@ -46,8 +47,7 @@ def _mounted(wanted: dict[str, Layers], base: Path) -> Iterator[Overlay | Kernel
             _fill(lower / name, layers.lowers[number] if number < len(layers.lowers) else {})
         if layers.upper is not None:
             _fill(upper / name, layers.upper)
-    is_kernel = os.environ.get("PYOVERLAY_TESTS_OVER") == "kernel"
-    overlay = KernelOverlay(lowers, upper, merged) if is_kernel else Overlay(lowers, upper, merged)
+    overlay = overlay_under_test(lowers, upper, merged)
     overlay.mount()
     try:
         yield overlay

@@ -170,3 +170,22 @@ def test_links_are_joined_within_one_lower_only(here: Here) -> None:
     (m / "x").write_bytes(b"CHANGED")
     assert shape(m) == {"f": b"top", "g": b"top", "x": b"CHANGED", "y": b"CHANGED"}
     assert os.lstat(m / "f").st_ino != os.lstat(m / "x").st_ino
+
+
+@layers(upper={"f": b"shared", "g": HardLink("f"), "h": b"other"})
+def test_the_known_name_goes_while_the_other_was_never_looked_up(alone: Here) -> None:
+    """The file has a name yet, but none that we know, and somebody has it open."""
+    alone.remount()
+    with opened(alone.merged / "f", os.O_RDWR) as fd:
+        os.unlink(alone.merged / "f")
+        (alone.merged / "new").write_bytes(b"new")
+        os.pwrite(fd, b"CHANGED", 0)
+        assert os.fstat(fd).st_nlink == 1
+        assert (alone.merged / "g").read_bytes() == b"CHANGED"
+        assert os.path.samestat(os.fstat(fd), os.lstat(alone.merged / "g"))
+        os.rename(alone.merged / "h", alone.merged / "g")
+        os.pwrite(fd, b"again", 0)
+        assert (os.fstat(fd).st_nlink, os.pread(fd, 7, 0)) == (0, b"againED")
+    assert shape(alone.merged) == {"g": b"other", "new": b"new"}
+    alone.remount()
+    assert shape(alone.merged) == {"g": b"other", "new": b"new"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from pyoverlay.testing import Overlay, OverlayFactory, Symlink, Tree, make_tree
 from tests.integration.looks import Here, layers, shape
 from tests.integration.test_hardlinks import drop_caches
 from tests.posix.check import opened
-from tests.posix.system_calls import DirectoryStream
+from tests.posix.system_calls import DirectoryStream, mount, umount
 
 pytestmark = pytest.mark.root
 
@@ -126,8 +128,6 @@ def _remove(kind: str, path: Path) -> None:
 @layers({"f": b"content of f"})
 def test_a_copy_inside_the_upper_by_cp_a_claims_no_other_number(alone: Here) -> None:
     """`cp -a` run on the upper itself copies the `origin` mark: two files then claim to be one (the kernel answers ESTALE)."""
-    import subprocess
-
     os.chmod(alone.merged / "f", 0o600)
     alone.overlay.umount()
     subprocess.run(["cp", "-a", alone.upper / "f", alone.upper / "copy"], check=True)
@@ -191,8 +191,6 @@ def test_three_nested_mounts_keep_all_numbers_apart(tmp_path: Path) -> None:
 
 def test_lowers_on_two_file_systems_share_no_number(overlay: OverlayFactory, tmp_path: Path) -> None:
     """tmpfs numbers its files from a small number on, as a fresh ext4 does: most of these coincide."""
-    from tests.posix.system_calls import mount, umount
-
     places = [tmp_path / name for name in ("one", "two")]
     for place in places:
         place.mkdir()
@@ -218,3 +216,70 @@ def test_lowers_on_two_file_systems_share_no_number(overlay: OverlayFactory, tmp
     finally:
         for place in places:
             umount(place)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """An ext4, an xfs and a tmpfs of their own, all empty."""
+    made = {}
+    try:
+        for kind, size in (("ext4", 64), ("xfs", 320)):
+            image, made[kind] = tmp_path / f"{kind}.image", tmp_path / kind
+            made[kind].mkdir()
+            with image.open("wb") as file:
+                file.truncate(size << 20)
+            subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
+            subprocess.run(["mount", "-o", "loop", image, made[kind]], check=True)
+        made["tmpfs"] = tmp_path / "tmpfs"
+        made["tmpfs"].mkdir()
+        mount("tmpfs", made["tmpfs"], "tmpfs")
+        yield made
+    finally:
+        for place in made.values():
+            umount(place)
+
+
+def test_numbers_of_layers_on_four_file_systems_last_over_copy_up_rename_and_remount(disks: dict[str, Path], tmp_path: Path) -> None:
+    """Which of them a number is from is said by its high bits; after a copy-up to another one only the mark `origin` knows it."""
+    lowers = [place / "lower" for place in disks.values()]
+    for place, lower in zip(disks, lowers, strict=True):
+        lower.mkdir()
+        own: Tree = {f"{place}{number}": b"%d" % number for number in range(20)}
+        make_tree(lower, {**own, "d": {**own, place: own}})
+    upper, merged = tmp_path / "upper", tmp_path / "merged"
+    for directory in (upper, merged):
+        directory.mkdir()
+    made = Overlay(tuple(lowers), upper, merged)
+    made.mount()
+    try:
+        before = numbers(merged)
+        assert len(set(before.values())) == len(before) == 3 * 20 * 3 + 4
+        assert len({os.lstat(merged / path).st_dev for path in before}) == 1
+        assert len({number >> 52 for number in before.values()}) >= 3
+        for path in before:
+            os.chmod(merged / path, 0o700)
+        assert numbers(merged) == before
+        drop_caches()
+        assert numbers(merged) == before
+        made.remount()
+        assert numbers(merged) == before
+        for place in disks:
+            os.rename(merged / "d" / place, merged / f"moved {place}")
+        after = {_moved(path): number for path, number in before.items()}
+        assert {path: number for path, number in numbers(merged).items() if path in after} == after
+        made.remount()
+        assert {path: number for path, number in numbers(merged).items() if path in after} == after
+    finally:
+        made.close()
+
+
+def _moved(path: str) -> str:
+    """Where the test above has moved `d/ext4/f` to."""
+    rest = path.partition("/")[2]
+    return f"moved {rest}" if rest and (rest in ("ext4", "xfs", "tmpfs") or "/" in rest) else path
+
+
+@layers({"low": {"sub": {}, "sub2": {}}, "both": {"sub": {}}}, upper={"up": {"sub": {}, "sub2": {}, "sub3": {}}, "both": {"sub2": {}}})
+def test_a_directory_has_the_links_of_its_one_layer_or_one_if_it_is_merged(here: Here) -> None:
+    """find(1) takes 1 for "look for yourself", and any other number less 2 for the number of subdirectories."""
+    assert {name: os.lstat(here.merged / name).st_nlink for name in os.listdir(here.merged)} == {"low": 4, "up": 5, "both": 1}

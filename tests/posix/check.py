@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import stat
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,6 +101,15 @@ def symlink(name: str, target: str = "nowhere", uid: int = 0, gid: int = 0) -> S
 
 def fifo(name: str) -> Step:
     return lambda directory: os.mkfifo(directory / name, 0o640)
+
+
+def socket(name: str) -> Step:
+    return lambda directory: os.mknod(directory / name, stat.S_IFSOCK | 0o755)
+
+
+def device(name: str) -> Step:
+    """A node of the device /dev/null."""
+    return lambda directory: os.mknod(directory / name, stat.S_IFCHR | 0o640, os.makedev(1, 3))
 
 
 def link(source: str, name: str) -> Step:

@@ -1,6 +1,6 @@
 """One mount for the whole list: every check has a directory of its own in each place, made before the mount where it is a layer's.
 
-PYOVERLAY_TESTS_OVER=kernel runs the list over the kernel's overlay instead, to see which checks no overlay of that kind passes.
+PYOVERLAY_TESTS_OVER runs the list over another overlay instead (peers.py), to see which checks it passes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tests.posix.check import NEW_NAMES, Check, file, folder
 from tests.posix.checks import CHECKS
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.posix.layers import split
+from tests.posix.peers import overlay_under_test
 
 PLACES = ("ext4", "upper", "lower", "merged")
 
@@ -68,8 +69,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
         directory.mkdir()
     before = os.umask(0o022)
     _make_layers(lower, upper)
-    kind = KernelOverlay if os.environ.get("PYOVERLAY_TESTS_OVER") == "kernel" else Overlay
-    overlay = kind((lower,), upper, merged)
+    overlay = overlay_under_test((lower,), upper, merged)
     untouched = witness_of(lower)
     overlay.mount()
     try:

@@ -13,6 +13,7 @@ from tests.posix.check import (
     add,
     as_user,
     check,
+    device,
     fails,
     fifo,
     file,
@@ -20,6 +21,7 @@ from tests.posix.check import (
     mode_of,
     names_in,
     opened,
+    socket,
     symlink,
     umask,
     xattr,
@@ -43,6 +45,8 @@ SPACES = {
     "folder": ("user.", "trusted.", "security."),
     "symlink": ("trusted.", "security."),
     "fifo": ("trusted.", "security."),
+    "socket": ("trusted.", "security."),
+    "device": ("trusted.", "security."),
 }
 
 
@@ -54,6 +58,10 @@ def _object(kind: str) -> Step:
             return folder("x", file("inside"))
         case "symlink":
             return symlink("x", "nowhere")
+        case "socket":
+            return socket("x")
+        case "device":
+            return device("x")
         case _:
             return fifo("x")
 
@@ -111,9 +119,9 @@ for _kind, _spaces in SPACES.items():
         add(f"a_{_called}_that_was_there_is_kept", (_object(_kind), xattr("x", _attribute, b"was there")), _kept(_attribute))
 
 
-@check(symlink("s", "nowhere"), fifo("p"))
+@check(symlink("s", "nowhere"), fifo("p"), socket("q"), device("c"))
 def user_attributes_are_for_files_and_directories_alone(d: Path) -> None:
-    for name in ("s", "p"):
+    for name in ("s", "p", "q", "c"):
         with fails(errno.EPERM):
             os.setxattr(d / name, "user.x", b"value", follow_symlinks=False)
 
