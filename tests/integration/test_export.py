@@ -28,6 +28,7 @@ from pyoverlay.testing import (
     snapshot,
 )
 from pyoverlay.testing.mounts import command
+from tests.posix.kernel_overlay import FULL, KernelOverlay
 
 pytestmark = pytest.mark.root
 
@@ -134,7 +135,7 @@ def changed(overlay: OverlayFactory) -> Overlay:
 def test_the_layer_over_the_lower_is_the_merged_tree(changed: Overlay, tmp_path: Path) -> None:
     layer = export(changed.merged)
     assert seen(applied(LOWER, layer.stdout, tmp_path / "applied")) == seen(changed.merged)
-    assert layer.stderr == b"pyoverlay: 1 sockets were left out: an archive cannot hold them\n"
+    assert layer.stderr == b"pyoverlay: sockets left out, which no archive can hold: 1\n"
 
 
 def test_members_are_in_dockers_order_and_spelling(overlay: OverlayFactory) -> None:
@@ -254,3 +255,55 @@ def test_what_is_no_upper_is_refused_in_one_line(overlay: OverlayFactory, tmp_pa
         assert (refused.returncode, refused.stdout) == (1, b"")
         assert refused.stderr.decode().startswith(f"pyoverlay: {path}: {reason}")
         assert refused.stderr.count(b"\n") == 1
+
+
+METACOPIES: Tree = {"d": {"f": "data of the lower", "sub": {"g": "more"}}, "e": {"f": "data in place"}}
+
+
+def make_metacopies(merged: Path) -> None:
+    """Attributes alone change: no data are copied up; then the directory is renamed."""
+    for name in ("d/f", "d/sub/g", "e/f"):
+        (merged / name).chmod(0o4711)
+    os.rename(merged / "d/f", merged / "d/renamed")
+    os.rename(merged / "d/sub", merged / "sub")
+
+
+def test_a_metacopy_file_is_exported_with_its_data(overlay: OverlayFactory, tmp_path: Path) -> None:
+    mounted = overlay(METACOPIES, options=["-o", "metacopy=on"])
+    make_metacopies(mounted.merged)
+    assert os.getxattr(mounted.writable / "d/renamed", "trusted.overlay.metacopy") == b""
+    layer = export(mounted.merged).stdout
+    assert seen(applied(METACOPIES, layer, tmp_path / "applied")) == seen(mounted.merged)
+
+
+def test_metacopy_files_and_redirects_of_the_kernel_are_exported_with_their_data(tmp_path: Path) -> None:
+    for name, tree in (("lower", METACOPIES), ("upper", {}), ("merged", {})):
+        (tmp_path / name).mkdir()
+        make_tree(tmp_path / name, tree)
+    kernel = KernelOverlay((tmp_path / "lower",), tmp_path / "upper", tmp_path / "merged", (*FULL, "metacopy=on"))
+    kernel.mount()
+    try:
+        make_metacopies(kernel.merged)
+        expected = seen(kernel.merged)
+    finally:
+        kernel.close()
+    assert os.getxattr(tmp_path / "upper/d/renamed", "trusted.overlay.metacopy") == b""
+    layer = export("--lower", tmp_path / "lower", tmp_path / "upper").stdout
+    assert seen(applied(METACOPIES, layer, tmp_path / "applied")) == expected
+    refused = export(tmp_path / "upper", check=False)
+    assert refused.returncode == 1
+    assert b"part of it lies in a lower, and the lowers are not known" in refused.stderr
+
+
+@pytest.mark.parametrize("is_looked_up", [False, True])
+def test_of_a_lowers_hard_links_those_are_exported_that_are_in_the_upper(overlay: OverlayFactory, is_looked_up: bool) -> None:
+    """As the next mount shows it: a name that nobody had looked up before the copy-up still leads to the old file then."""
+    mounted = overlay({"h1": "linked", "h2": HardLink("h1")})
+    if is_looked_up:
+        (mounted.merged / "h2").stat()
+    with open(mounted.merged / "h1", "a") as file:
+        file.write(" and changed")
+    with tarfile.open(fileobj=io.BytesIO(export(mounted.merged).stdout)) as tar:
+        found = {member.name: (member.type, member.size, member.linkname) for member in tar.getmembers()}
+    alone = {"h1": (tarfile.REGTYPE, 18, "")}
+    assert found == (alone | {"h2": (tarfile.LNKTYPE, 0, "h1")} if is_looked_up else alone)

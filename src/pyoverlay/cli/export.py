@@ -50,7 +50,7 @@ def command(path: str, output: str | None, mtime: int | None, sparse: bool, lowe
     else:
         written = _export(found, sys.stdout.buffer, manner)
     if written.sockets:
-        click.echo(f"pyoverlay: {written.sockets} sockets were left out: an archive cannot hold them", err=True)
+        click.echo(f"pyoverlay: sockets left out, which no archive can hold: {written.sockets}", err=True)
 
 
 def _export(found: Target, file: BinaryIO, manner: Manner) -> Written:

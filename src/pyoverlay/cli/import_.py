@@ -54,5 +54,5 @@ def command(sources: tuple[str, ...], tag: str | None, devices: bool, max_size: 
     wanted = Wanted(Terms(max_entries, takes_devices=devices), max_size, tag, keeps_blobs=not discard_blobs)
     imported = import_into(Store.create(directory), paths, wanted, progress_bar)
     if imported.disarmed:
-        click.echo(f"pyoverlay: {imported.disarmed} objects lost set-id bits or capabilities: only root can keep them", err=True)
+        click.echo(f"pyoverlay: without the set-id bits or capabilities that only root can keep: {imported.disarmed}", err=True)
     click.echo(":".join(re.sub(r"([\\:])", r"\\\1", os.fsdecode(lower)) for lower in imported.lowers))

@@ -16,6 +16,7 @@ from pyoverlay.core import marks, syscalls
 from pyoverlay.core.layer import CAPABILITY
 from pyoverlay.image.tar_member import Kind, Member
 from pyoverlay.image.tar_reader import TarReader
+from pyoverlay.report.target import may_read_trusted
 
 _NAME_MAX, _PATH_MAX = 255, 4095
 _DEPTH_MAX = 256  # what removes a tree keeps a descriptor open for each step
@@ -97,7 +98,8 @@ class _Layer:
         self._at: tuple[bytes, ...] = ()  # the directory that `_fd` is open on
         self._fd = os.dup(root)
         self._has_files_for_whiteouts = False
-        self._spelling = marks.TRUSTED if self._is_root else marks.USER
+        self._takes_trusted = may_read_trusted()
+        self._spelling = marks.TRUSTED if self._takes_trusted else marks.USER
 
     def close(self) -> None:
         os.close(self._fd)
@@ -197,7 +199,7 @@ class _Layer:
         """Owner first, since a change of owner takes set-id bits and capabilities away; the times last, since all else moves them."""
         mode, is_symlink = member.mode, member.kind is Kind.SYMLINK
         if self._is_root:
-            os.chown(name, member.uid, member.gid, dir_fd=dirfd, follow_symlinks=False)
+            _chown(dirfd, name, member)
         elif mode & 0o6000 or any(attribute == CAPABILITY for attribute, _ in member.xattrs):
             # Here they would be a user's program running as that user for everybody.
             mode &= 0o1777
@@ -218,9 +220,9 @@ class _Layer:
         takes_users = kind in (Kind.FILE, Kind.DIRECTORY)
         if takes_users and attribute.startswith((b"user.", b"system.posix_acl_")):
             return marks.escape_xattr(attribute, marks.USER)
-        if self._is_root and ((attribute == CAPABILITY and kind is Kind.FILE) or attribute.startswith(b"trusted.")):
+        if self._takes_trusted and attribute.startswith(b"trusted."):
             return marks.escape_xattr(attribute, marks.TRUSTED)
-        return None
+        return attribute if self._is_root and attribute == CAPABILITY and kind is Kind.FILE else None
 
     def finish(self) -> None:
         """Attributes of the directories, the innermost first: setting one's times is the last thing that happens in it."""
@@ -338,6 +340,16 @@ def _components(name: bytes) -> tuple[bytes, ...]:
     if not name:
         raise Unacceptable(name, "a member without a name")
     return path
+
+
+def _chown(dirfd: int, name: bytes, member: Member) -> None:
+    try:
+        os.chown(name, member.uid, member.gid, dir_fd=dirfd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        reason = f"its owner, {member.uid}:{member.gid}, is nobody in this user namespace"
+        raise Unacceptable(member.name, reason, "import it in one that maps these ids, or as an ordinary user") from error
 
 
 def _lstat(dirfd: int, name: bytes) -> os.stat_result | None:

@@ -83,7 +83,7 @@ def find(path: bytes, *, lowers: Sequence[bytes] = (), userxattr: bool = False) 
     if not lowers and (mount := mounts.over(path)) is not None:
         return _mounted(path, mount, None)
     real = os.path.realpath(path)
-    policy = Policy(userxattr=userxattr or not _may_read_trusted(), metacopy=True)
+    policy = Policy(userxattr=userxattr or not may_read_trusted(), metacopy=True)
     return Target(path, real, tuple(map(os.path.realpath, lowers)), _for_this_process(path, policy, real))
 
 
@@ -124,7 +124,7 @@ def _overlay_kind(path: bytes) -> str | None:
         os.close(fd)
 
 
-def _may_read_trusted() -> bool:
+def may_read_trusted() -> bool:
     """Whether trusted.* attributes show: to root of the initial user namespace."""
     with open("/proc/self/uid_map", encoding="ascii") as file:
         return os.geteuid() == 0 and file.read().split() == ["0", "0", "4294967295"]
