@@ -193,10 +193,20 @@ def test_forgetting_closes_the_descriptors_of_what_is_forgotten(stack: StackFact
     one.merged.rmdir("made")
     assert len(os.listdir("/proc/self/fd")) > before
     one.merged.forget()
-    one.merged.view.cache.limit = 0
-    one.merged.view.trim()
-    one.merged.view.trim()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.root
+def test_looking_through_redirects_again_and_again_keeps_no_descriptor(stack: StackFactory) -> None:
+    """Each step of a redirect's path was opened anew with every look-up, and stayed open until the limit of all descriptors."""
+    one = stack({"a": {"b": {"c": {"d": {"in": "it"}}}}}, {"a": {"b": {"c": {"d": {"below": "it"}}}}})
+    one.merged.rename("a/b/c", "moved")
+    one.open()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert one.merged.listdir("moved/d") == ["below", "in"]
+        one.merged.forget()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_number_is_kept_over_copy_up_rename_and_remount(stack: StackFactory) -> None:

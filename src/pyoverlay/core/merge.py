@@ -96,6 +96,14 @@ class Merge:
 
     def _descend(self, base: LowerDir, names: Path, *, is_last: bool) -> _Step:
         """Follow a path in one layer, reading on each directory the marks that count for the layers below."""
+        passed: list[LowerDir] = []
+        try:
+            return self._walk(base, names, passed, is_last=is_last)
+        finally:
+            for directory in passed:
+                base.layer.cache.close(directory)  # nobody is left who would
+
+    def _walk(self, base: LowerDir, names: Path, passed: list[LowerDir], *, is_last: bool) -> _Step:
         here, layer, below, from_root, hides_below = base, base.layer, names, False, False
         # The last of these parents may still lead on, by an absolute redirect, to layers that have no such parent; the lowest layer
         # leads nowhere.
@@ -114,6 +122,8 @@ class Merge:
                 return _Step(None, None, True, below, from_root)
             at = layer.dirfd(here)
             found = layer.listmarks(at, name) if has_marks else frozenset[bytes]()
+            if here is not base:
+                passed.append(here)
             here = LowerDir(layer, here, name, self._is_masked(layer, at, name, st))
             if marks.OPAQUE in found and layer.getmark(at, name, marks.OPAQUE) == b"y":
                 hides_below = True

@@ -142,6 +142,9 @@ class View:
             if self.before_drop is not None:
                 self.before_drop(inode)
             self.cache.close(inode)
+            if isinstance(inode, Directory):
+                for lower in inode.lowers:
+                    self.cache.close(lower)
             if inode.kept_name:
                 self.upper.discard(inode.kept_name)
             self.table.remove(inode)
