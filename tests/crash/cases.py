@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pyoverlay.core.attributes import Wanted
+from pyoverlay.core.policy import Policy
 from pyoverlay.core.syscalls import RENAME_EXCHANGE
 from pyoverlay.testing import Fifo, File, HardLink, Symlink, Tree
 from tests.unit.merged import IS_ROOT, Merged
@@ -68,6 +69,10 @@ class Case:
     prepare: Act = nothing
     is_redirect: bool = False  # renames a directory that a lower has part in, which `user.` marks cannot express
     metacopy: bool = False  # with metacopy=on, which `user.` marks exclude
+    index: bool = False  # with index=on, which root alone can have
+
+    def policy(self, policy: Policy) -> Policy:
+        return replace(policy, metacopy=self.metacopy, index=self.index)
 
 
 CASES = {
@@ -167,6 +172,20 @@ METACOPY = {
     "write_after_rename": Case(lambda m: m.write("directory/new", b"changed"), lambda m: m.rename("file", "directory/new")),
 }
 CASES |= {name: replace(case, metacopy=True) for name, case in METACOPY.items()}
+INDEX = {
+    "chmod_into_the_index": Case(lambda m: m.chmod("first", 0o640)),
+    "chmod_of_two_names_into_the_index": Case(lambda m: m.chmod("first", 0o640), looked_up_links),
+    "write_by_the_other_name": Case(lambda m: m.write("second", b"changed"), lambda m: m.chmod("first", 0o640)),
+    "link_of_an_indexed_file": Case(lambda m: m.link("second", "directory/third"), lambda m: m.chmod("first", 0o640)),
+    "unlink_into_the_index": Case(lambda m: m.unlink("first")),
+    "unlink_of_an_indexed_name": Case(lambda m: m.unlink("first"), lambda m: m.chmod("first", 0o640)),
+    "unlink_of_the_other_name": Case(lambda m: m.unlink("second"), lambda m: m.chmod("first", 0o640)),
+    "unlink_of_the_last_name": Case(lambda m: m.unlink("second"), lambda m: m.unlink("first")),
+    "rename_into_the_index": Case(lambda m: m.rename("first", "directory/third")),
+    "rename_over_a_linked_file": Case(lambda m: m.rename("file", "first")),
+    "rename_over_the_last_name": Case(lambda m: m.rename("file", "second"), lambda m: m.unlink("first")),
+}
+CASES |= {name: replace(case, index=True) for name, case in INDEX.items()}
 
 # What ends with an fsync: after it all that the case did must survive, whatever happens.
 DURABLE = {
@@ -184,5 +203,5 @@ DURABLE = {
     "mkdir_and_fsync_of_the_directory": Case(steps(lambda m: m.mkdir("directory/new"), lambda m: m.fsync("directory"))),
 }
 
-RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not (case.is_redirect or case.metacopy)}
+RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not (case.is_redirect or case.metacopy or case.index)}
 ALL = CASES | DURABLE

@@ -11,7 +11,7 @@ from pyoverlay.core.calls import Calls
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.stack import open_view
 from pyoverlay.testing import make_tree, snapshot
-from tests.crash.cases import ALL, BELOW, LOWER
+from tests.crash.cases import ALL, BELOW, LOWER, Case
 from tests.crash.victim import policy_of
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.unit.merged import Faulty, Merged, TreeSeen, timeless
@@ -37,11 +37,12 @@ def difference(seen: TreeSeen, old: TreeSeen, new: TreeSeen) -> dict[bytes, obje
 class Bed:
     """Layers in a directory, made anew for each crash but for the lowers, which nothing changes.
 
-    below: where the lowers are, if not beside the upper.
+    below: where the lowers are, if not beside the upper. case: whose options count.
     """
 
     base: Path
     below: Path | None = None
+    case: Case = Case(lambda _: None)
 
     def __post_init__(self) -> None:
         for lower, tree in zip(self.lowers, (LOWER, BELOW), strict=True):
@@ -60,9 +61,9 @@ class Bed:
             shutil.rmtree(self.base / name, ignore_errors=True)
             (self.base / name).mkdir()
 
-    def view(self, calls: Calls | None = None, *, metacopy: bool = False) -> Merged:
+    def view(self, calls: Calls | None = None) -> Merged:
         lowers = [os.fsencode(lower) for lower in self.lowers]
-        policy = policy_of(Fsync.ORDERED, metacopy=metacopy)
+        policy = self.case.policy(policy_of(Fsync.ORDERED))
         return Merged(open_view(lowers, os.fsencode(self.base / "upper"), os.fsencode(self.base / "work"), policy, calls))
 
     def by_us(self) -> TreeSeen:
@@ -78,7 +79,7 @@ class Bed:
         """The tree that the kernel shows, over the same work directory."""
         overlay = KernelOverlay(
             self.lowers, self.base / "upper", self.base / "merged",
-            ("redirect_dir=on", "index=off", "metacopy=on"), work_directory=self.base / "work",
+            ("redirect_dir=on", f"index={'on' if self.case.index else 'off'}", "metacopy=on"), work_directory=self.base / "work",
         )  # fmt: skip
         overlay.mount()
         try:
@@ -88,9 +89,9 @@ class Bed:
 
     def old_and_new(self, name: str) -> tuple[TreeSeen, TreeSeen, list[str]]:
         """The tree before and after a case in which nothing fails, and the calls in between."""
-        case = ALL[name]
+        case = self.case = ALL[name]
         self.renew()
-        merged = self.view(metacopy=case.metacopy)
+        merged = self.view()
         case.prepare(merged)
         old = unlinked(merged.tree())
         counted = merged.view.upper.calls = Faulty(0, AssertionError())

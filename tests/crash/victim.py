@@ -31,8 +31,8 @@ _WITHOUT_FLUSHING_THE_LOG = 2
 MOUNT = "mount"  # in the place of a case: opening the layers, which clears the work directory
 
 
-def policy_of(fsync: Fsync, *, metacopy: bool = False) -> Policy:
-    return Policy(POLICY.userxattr, privileged=POLICY.privileged, fsync=fsync, metacopy=metacopy)
+def policy_of(fsync: Fsync) -> Policy:
+    return Policy(POLICY.userxattr, privileged=POLICY.privileged, fsync=fsync)
 
 
 class Deadly(Faulty):
@@ -78,7 +78,9 @@ def die(order: dict[str, Any]) -> None:
     base = Path(order["base"])
     lowers = [os.fsencode(lower) for lower in order["lowers"]]
     case = ALL.get(order["case"])
-    policy = policy_of(Fsync(order["fsync"]), metacopy=case is not None and case.metacopy)
+    policy = policy_of(Fsync(order["fsync"]))
+    if case is not None:
+        policy = case.policy(policy)
     end = kill if order["how"] == "kill" else lambda: cut_power(base, commit_first=order["how"] == "commit and cut")
     calls = Deadly(order["at"], end)
     if case is None:

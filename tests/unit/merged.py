@@ -420,12 +420,25 @@ class Stack:
 
     def disk_tree(self) -> TreeSeen:
         """The merged tree as a fresh view shows it."""
-        merged = self.fresh()
-        try:
-            return timeless(merged.tree())
-        finally:
-            merged.view.close()
-            self._views.remove(merged.view)
+        with self._lent_index():
+            merged = self.fresh()
+            try:
+                return timeless(merged.tree())
+            finally:
+                merged.view.close()
+                self._views.remove(merged.view)
+
+    @contextmanager
+    def _lent_index(self) -> Iterator[None]:
+        """The fresh view has a work directory of its own, and yet the one index."""
+        here, there = self.work / "index", self.work.with_name("fresh-work") / "index"
+        if not self.policy.index:
+            yield
+            return
+        there.parent.mkdir(exist_ok=True)
+        here.rename(there)
+        yield
+        there.rename(here)
 
     def upper_tree(self) -> TreeSeen:
         return snapshot(self.upper)

@@ -8,13 +8,12 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
-from pyoverlay.core import attributes, change, copyup, layer, merge, metacopy, origins, rename, view
+from pyoverlay.core import attributes, change, copyup, index, layer, merge, metacopy, origins, rename, view
 from tests.crash.cases import BELOW, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Faulty, Stack, timeless
@@ -28,7 +27,7 @@ def failure(code: int) -> OSError:
 
 
 def prepared(stack: StackFactory, case: Case, limit: int | None) -> Stack:
-    one: Stack = stack(LOWER, BELOW, limit=limit, policy=replace(POLICY, metacopy=case.metacopy))
+    one: Stack = stack(LOWER, BELOW, limit=limit, policy=case.policy(POLICY))
     case.prepare(one.merged)
     return one
 
@@ -117,7 +116,7 @@ class FaultyReading:
 def reading(at: int, code: int) -> Iterator[FaultyReading]:
     faulty = FaultyReading(at, code)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attributes, change, copyup, layer, merge, metacopy, origins, rename, view):
+        for module in (attributes, change, copyup, index, layer, merge, metacopy, origins, rename, view):
             patch.setattr(module, "os", faulty)
         yield faulty
 

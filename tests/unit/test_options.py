@@ -97,6 +97,14 @@ def test_metacopy_files_and_user_marks_contradict_each_other(option: str) -> Non
     assert "contradicts userxattr" in refusal(f"lowerdir=/a,userxattr,{option}")
 
 
+def test_an_index_is_roots() -> None:
+    options = parse(["lowerdir=/a,index=on,uuid=auto"])
+    assert policy(options, privileged=True).index
+    assert policy(options, privileged=True).uuid.value == "auto"
+    with pytest.raises(OptionRefused, match="index=on: finds lower files by their handles"):
+        policy(options, privileged=False)
+
+
 def test_metacopy_wants_redirects() -> None:
     assert "contradicts metacopy=on" in refusal("lowerdir=/a,metacopy=on,redirect_dir=follow")
     told = policy(parse(["lowerdir=/a,metacopy=on,verity=require"]), privileged=True)
@@ -204,7 +212,7 @@ def test_what_was_given_is_kept_for_people() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["index=on", "xattr_permissions=1", "xattr_permissions=2", "noacl", "noxattrs", "timeout=5", "uuid=on", "nfs_export=on", "remount"],
+    ["xattr_permissions=1", "xattr_permissions=2", "noacl", "noxattrs", "timeout=5", "nfs_export=on", "remount"],
 )  # fmt: skip
 def test_what_is_not_there_yet_is_refused_and_not_swallowed(option: str) -> None:
     message = refusal(LAYERS, option)

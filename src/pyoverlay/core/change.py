@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import remove_tree
-from pyoverlay.core.copyup import copy_up, copy_up_directory, mark_impure
+from pyoverlay.core.copyup import copy_up, copy_up_directory, link_to_copy, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
 from pyoverlay.core.layer import Upper, tolerated
 from pyoverlay.core.policy import RedirectDir
@@ -110,6 +110,8 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_re
     upper = view.upper
     upper.is_dirty = True
     keep_data_found(view, inode)
+    if inode.index_name and view.index is not None:
+        view.index.settle(inode)
     if inode.has_origin:
         mark_impure(view, parent)
     _, from_dirfd, from_name = view.place(inode)
@@ -137,8 +139,9 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
     if isinstance(inode, Directory):
         raise failure(errno.EISDIR)
     hides = has_lower(view, parent, name)
-    is_upper = in_upper(view, parent, name)
     open_for_change(view, parent)
+    count_names(view, inode, parent, name)
+    is_upper = in_upper(view, parent, name)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     with kept_alive(view, inode, parent, name, is_upper=is_upper):
@@ -254,6 +257,31 @@ def exchange_for_whiteout(view: View, parent: Directory, name: bytes) -> None:
     upper.discard(temporary)
 
 
+def count_names(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
+    """Before a name of a file goes that an index counts the names of: the upper has that name, and the count is of the upper's links, so
+    that the one system call takes from both (ovl_nlink_start). The first such name of a lower file has it copied up.
+    """
+    if view.index is None or isinstance(inode, Directory) or not (inode.index_name or inode.lower_links > 1):
+        return
+    bring_up(view, inode, parent, name)
+    if inode.index_name:
+        view.index.settle(inode)
+
+
+def bring_up(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
+    """The object in the upper, under this very name: a hard link copied up under another one gets this one too."""
+    if not inode.in_upper and inode.parent is None:
+        raise failure(errno.ESTALE)
+    if not inode.in_upper:
+        copy_up(view, inode, attributes_only=True)
+    copy_up_directory(view, parent)
+    if isinstance(inode, Directory) or in_upper(view, parent, name):
+        return
+    link_to_copy(view, inode, parent, name)
+    if not inode.index_name:
+        lower_name_gone(view, inode)
+
+
 def keep_data_found(view: View, inode: Inode) -> None:
     """Before a metacopy of the upper gets another name: say on it where its data are found, or give it the data (ovl_set_redirect)."""
     if inode.metacopy is None or inode.parent is None:
@@ -311,7 +339,7 @@ def kept_alive(view: View, inode: Inode, parent: Directory, name: bytes, *, is_u
 
 def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> Callable[[], None] | None:
     """See kept_alive. Returns what undoes it."""
-    if any(other != (parent, name) for other in inode.names()) or inode.kept_name:
+    if any(other != (parent, name) for other in inode.names()) or inode.kept_name or (inode.lower_links > 0 and inode.index_name):
         return None
     if inode.lower_links > 0:
         _keep_name(view, inode, parent, name)
@@ -360,7 +388,14 @@ def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_low
         inode.listing = Listing([])
     if parent.listing is not None:
         parent.listing.remove(name)
+    forget_in_index(view, inode)
     view.release(inode)
+
+
+def forget_in_index(view: View, inode: Inode) -> None:
+    """A file that no name shows any more leaves the index."""
+    if inode.index_name and inode.parent is None and not inode.lower_links and view.index is not None:
+        view.index.drop(inode)
 
 
 def lower_name_gone(view: View, inode: Inode) -> None:

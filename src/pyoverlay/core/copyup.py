@@ -280,10 +280,51 @@ def publish(view: View, copy: Copy) -> None:
         copy_up_directory(view, parent)
         if origin is not None:
             mark_impure(view, parent)
+    if _goes_to_index(view, copy):
+        _publish_indexed(view, copy, real)
+        return
     _name(view, copy, names)
     copy.is_published = True
     inode.lower_links -= len(names)
     _adopt(view, copy, real)
+
+
+def _goes_to_index(view: View, copy: Copy) -> bool:
+    """A lower file with several names, with index=on (ovl_need_index)."""
+    return view.index is not None and copy.st.st_nlink > 1
+
+
+def _publish_indexed(view: View, copy: Copy, real: os.stat_result) -> None:
+    """Into the index by one rename, whereby it is the copy of all its lower names; those that were looked up then become links of it."""
+    upper, inode, index = copy.upper, copy.inode, view.index
+    assert index is not None
+    name = index.name_of(copy.source)
+    if name is None:
+        raise failure(errno.EOPNOTSUPP)
+    upper.set_mark(upper.work_fd, copy.temporary, marks.NLINK, marks.encode_nlink(inode.lower_links - 1))
+    upper.calls.rename(upper.work_fd, copy.temporary, index.fd, name)
+    copy.is_published = True
+    inode.index_name = name
+    names = inode.names()
+    for parent, at in names:
+        inode.remove_name(parent, at)
+    _adopt(view, copy, real)
+    for parent, at in names:
+        link_to_copy(view, inode, parent, at)
+
+
+def link_to_copy(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
+    """Give a copy in the upper another of the names of its lower object, which shows it already."""
+    mark_impure(view, parent)
+    _, dirfd, at = view.place(inode)
+    with keeping_times(view.upper, view.upper_fd(parent)) as to:
+        if inode.index_name and view.index is not None:
+            place = view.lower_place(inode)
+            lower = place.layer.stat(place.dirfd, place.name)
+            view.index.add_name(inode, parent, to, name, inode.lower_links if lower is None else lower.st_nlink)
+        else:
+            view.upper.calls.link(dirfd, at, to, name)
+            inode.add_name(parent, name)
 
 
 def _name(view: View, copy: Copy, names: list[tuple[Directory, bytes]]) -> None:

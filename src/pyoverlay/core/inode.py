@@ -62,7 +62,7 @@ class Inode(Held):
     copy-up, since a hard link of it may still be found there. lower_links: names of the lower object that still show and are not the
     upper's.
     kept_name: a link of the upper object in the work directory, while names of its lower object show that may yet want one in the upper,
-    or in the place of a pin.
+    or in the place of a pin. index_name: the one that it has in the index for good, with index=on.
     has_origin: its number is that of a lower object, so that a directory of the upper that it enters is impure.
     metacopy: where its data lie, if they are not with the rest of it. fd: a data descriptor: of those data; else of the upper object if
     in_upper, else of the lower one.
@@ -72,6 +72,7 @@ class Inode(Held):
         "format",
         "has_origin",
         "in_upper",
+        "index_name",
         "ino",
         "is_writable",
         "kept_name",
@@ -104,6 +105,7 @@ class Inode(Held):
         self.metacopy: Data | None = None
         self.pin = -1
         self.kept_name = b""
+        self.index_name = b""
         self.keys: tuple[Key, ...] = ()
 
     @property

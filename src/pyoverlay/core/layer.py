@@ -534,6 +534,11 @@ class Upper(Layer):
             if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):  # user.* on a symlink or a device
                 raise
 
+    def discard_at(self, dirfd: int, name: bytes) -> None:
+        """As discard, of a name in the index."""
+        with tolerated("an entry of the index stays until the next mount"):
+            remove_tree(self.calls, dirfd, name)
+
     def discard(self, name: bytes) -> None:
         """Remove what there is under a name of the work directory, a directory with all it holds. What made it litter is done or has its
         own error to tell, so this raises nothing: what cannot be removed now is tried again with later ones, and by the next mount.

@@ -8,6 +8,9 @@ The format is the kernel's: Documentation/filesystems/overlayfs.rst and the tabl
     origin     the file handle of the lower object that this one was copied up from (struct ovl_fb)
     impure     "y": the directory has entries with an origin, so that their inode numbers are not the upper's own
     metacopy   the file's data still lies in a lower
+    nlink      on a copy in the index: how many names show, "U+1" to the links of the copy, "L-1" to those of the lower file
+    upper      on the index: the file handle of the upper that it belongs to
+    uuid       on the upper's root: 16 bytes that tell this overlay from all others
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ USER = b"user.overlay."
 AUFS_PREFIX = b".wh."
 AUFS_OPAQUE = b".wh..wh..opq"
 
+NLINK, UPPER, UUID = b"nlink", b"upper", b"uuid"
 OPAQUE, REDIRECT, ORIGIN, IMPURE, METACOPY, WHITEOUT = b"opaque", b"redirect", b"origin", b"impure", b"metacopy", b"whiteout"
 
 _ESCAPE = b"overlay."
@@ -76,6 +80,25 @@ def decode_origin(value: bytes) -> Origin | None:
     if not flags & _ANY_ENDIAN and flags & _BIG_ENDIAN != _FB_CPU_ENDIAN:
         return None
     return Origin(uuid, FileHandle(kind, value[_FB_HEADER.size : length]), bool(flags & _PATH_UPPER))
+
+
+class Nlink(NamedTuple):
+    """What the mark `nlink` adds to the links of the lower file, if of_lower, else to those of the copy."""
+
+    difference: int
+    of_lower: bool
+
+
+def encode_nlink(difference: int, *, of_lower: bool = False) -> bytes:
+    """As ovl_set_nlink_common writes it."""
+    return b"%s%+d" % (b"L" if of_lower else b"U", difference)
+
+
+def decode_nlink(value: bytes) -> Nlink | None:
+    """None: malformed, and passed over (ovl_get_nlink)."""
+    if len(value) > 12 or value[:1] not in (b"L", b"U") or value[1:2] not in (b"+", b"-") or not value[2:].isdigit():
+        return None
+    return Nlink(int(value[1:]), value.startswith(b"L"))
 
 
 def may_be_metacopy(st: os.stat_result) -> bool:

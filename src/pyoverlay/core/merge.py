@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import UPPER, Data
-from pyoverlay.core.layer import Layer, LowerDir
+from pyoverlay.core.layer import Layer, LowerDir, Place
 
 Path = tuple[bytes, ...]
 Found = tuple[tuple[LowerDir, ...], os.stat_result | None]
@@ -144,15 +144,17 @@ class Merge:
 
     # -- the data of files
 
-    def data(self, layer: Layer, dirfd: int, name: bytes, mark: bytes, parents: tuple[LowerDir, ...]) -> Data:
-        """Where the data of a metacopy file lie. mark: the value of its `metacopy`; parents: its directory in the layers below its own.
+    def data(self, place: Place, mark: bytes, parents: tuple[LowerDir, ...], name: bytes) -> Data:
+        """Where the data of a metacopy file lie. mark: the value of its `metacopy`; parents: its directory in the layers below its own;
+        name: what the file is called there if nothing says otherwise.
 
         EPERM: such files are not followed; EIO: the mark is malformed, or there are no data (ovl_lookup).
         """
         if not self._follows:
             raise _failure(errno.EPERM)
         marks.check_metacopy(mark)
-        redirect = self._redirect_of_file(layer, dirfd, name)
+        layer = place.layer
+        redirect = self._redirect_of_file(*place)
         is_absolute = redirect is not None and redirect.startswith(b"/")
         names = _components(redirect) if redirect is not None else (name,)
         if is_absolute:

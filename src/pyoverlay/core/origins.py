@@ -16,6 +16,7 @@ class Origins:
     """
 
     def __init__(self, lowers: Iterable[Layer], *, with_uuid: bool = True) -> None:
+        self.with_uuid = with_uuid
         self._filesystems: dict[int, tuple[bytes, int]] = {}
         for lower in lowers:
             if lower.fs not in self._filesystems:

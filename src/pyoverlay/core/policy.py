@@ -49,6 +49,15 @@ class IdRange(NamedTuple):
     length: int
 
 
+class Uuid(Enum):
+    """`uuid=`: whether this overlay has an identity on disk, the mark `uuid` of the upper's root."""
+
+    OFF = "off"  # and file handles are kept without that of their file system, for one that gets another by being copied
+    NULL = "null"  # none
+    AUTO = "auto"  # the one that is there, or, in an upper that is new, as ON
+    ON = "on"  # one is made where there is none
+
+
 class Verity(Enum):
     """`verity=`: what is asked of the fs-verity digest that a metacopy file demands of its data."""
 
@@ -73,6 +82,7 @@ class Policy:
     redirect_dir: RedirectDir = RedirectDir.ON
     metacopy: bool = False
     verity: Verity = Verity.OFF
+    uuid: Uuid = Uuid.NULL
     index: bool = False
     whiteouts: Whiteouts = Whiteouts.AUTO
     fsync: Fsync = Fsync.ORDERED

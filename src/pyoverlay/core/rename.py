@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks
 from pyoverlay.core.change import (
+    bring_up,
+    count_names,
     exchange_for_whiteout,
+    forget_in_index,
     has_lower,
     in_upper,
     keep_data_found,
@@ -25,8 +28,8 @@ from pyoverlay.core.change import (
     replace_aufs_whiteout,
     require_nameable,
     set_redirect,
-)  # fmt: skip
-from pyoverlay.core.copyup import copy_attributes, copy_up, copy_up_directory, mark_impure
+)
+from pyoverlay.core.copyup import copy_attributes, copy_up_directory, mark_impure
 from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
 from pyoverlay.core.policy import RedirectDir
@@ -61,9 +64,9 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     if old.inode is new.inode and not isinstance(old.inode, Directory):
         return  # two links of one file: rename(2) does nothing
     view.upper.is_dirty = True
-    _bring_up(view, old, old.inode)
+    bring_up(view, old.inode, old_parent, old_name)
     if is_exchange and new.inode is not None:
-        _bring_up(view, new, new.inode)
+        bring_up(view, new.inode, new_parent, new_name)
     copy_up_directory(view, new_parent)
     _prepare_move(view, old.inode, old, new_parent)
     if is_exchange and new.inode is not None:
@@ -107,22 +110,6 @@ def _check(view: View, old: Inode, new: Entry, flags: int) -> None:
         raise failure(errno.ENOTDIR)
 
 
-def _bring_up(view: View, entry: Entry, inode: Inode) -> None:
-    """The object in the upper, under this very name: a hard link copied up under another one gets this one too."""
-    if not inode.in_upper and inode.parent is None:
-        raise failure(errno.ESTALE)
-    if not inode.in_upper:
-        copy_up(view, inode, attributes_only=True)
-    copy_up_directory(view, entry.parent)
-    if isinstance(inode, Directory) or in_upper(view, entry.parent, entry.name):
-        return
-    _, dirfd, name = view.place(inode)
-    mark_impure(view, entry.parent)
-    view.upper.calls.link(dirfd, name, view.upper_fd(entry.parent), entry.name)
-    inode.add_name(entry.parent, entry.name)
-    lower_name_gone(view, inode)
-
-
 def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None:
     """The marks, which mean nothing as long as it stays where it is."""
     if isinstance(inode, Directory):
@@ -149,6 +136,8 @@ def _set_redirect(view: View, directory: Directory, entry: Entry, *, is_same_par
 def _replace(view: View, old: Entry, new: Entry) -> None:
     """Move over whatever the upper has under the new name, leaving a whiteout under the old one if a lower has that."""
     leaves_whiteout = has_lower(view, old.parent, old.name)
+    if new.inode is not None:
+        count_names(view, new.inode, new.parent, new.name)
     is_upper = new.inode is not None and in_upper(view, new.parent, new.name)
     if new.inode is None:
         replace_aufs_whiteout(view, new.parent, new.name)
@@ -217,6 +206,7 @@ def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -
         inode.listing = Listing([])
     elif was_lower_name:
         lower_name_gone(view, inode)
+    forget_in_index(view, inode)
     view.release(inode)
 
 

@@ -10,15 +10,19 @@ import errno
 import os
 import resource
 from collections.abc import Sequence
+from contextlib import suppress
+from uuid import uuid4
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import Calls, remove_tree
-from pyoverlay.core.layer import DescriptorCache, Lower, Upper
-from pyoverlay.core.policy import Policy, Whiteouts
+from pyoverlay.core.index import Index
+from pyoverlay.core.layer import DescriptorCache, Lower, Place, Upper, closed_on_failure, tolerated
+from pyoverlay.core.policy import Policy, Uuid, Whiteouts
 from pyoverlay.core.probe import ProbedLower
 from pyoverlay.core.view import View
 
 _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_INDEX = b"../index"  # beside work/work
 _OPEN_UPPER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # syncfs(2) refuses O_PATH
 
 
@@ -53,11 +57,43 @@ def open_view(
             lower_layers.append(lower)
             opened.append(lower)
         shown, data = tuple(lower_layers[: len(lowers)]), tuple(lower_layers[len(lowers) :])
-        return View(shown, upper_layer, policy, cache, _masked(upper, work), data)
+        view = View(shown, upper_layer, policy, cache, _masked(upper, work), data)
     except OSError:
         for layer in opened:
             layer.close()
         raise
+    try:
+        if upper_layer is not None and work is not None:
+            _identify(upper_layer, policy)
+            if policy.index:
+                view.index = _open_index(view, upper_layer, work)
+    except OSError as error:
+        view.close()
+        error.filename = os.fsdecode(upper or b"")
+        raise
+    return view
+
+
+def _identify(upper: Upper, policy: Policy) -> None:
+    """Give the overlay its identity, if it is to have one and has none. What cannot be is logged (ovl_init_uuid_xattr)."""
+    if policy.uuid in (Uuid.OFF, Uuid.NULL) or upper.getmark(upper.root_fd, b".", marks.UUID) is not None:
+        return
+    if policy.uuid is Uuid.AUTO and upper.getmark(upper.root_fd, b".", marks.IMPURE) is not None:
+        return
+    with tolerated("the upper gets no uuid"):
+        upper.set_mark(upper.root_fd, b".", marks.UUID, uuid4().bytes)
+
+
+def _open_index(view: View, upper: Upper, work: bytes) -> Index:
+    """`work/index`, bound to this upper and the top lower, without what leads nowhere."""
+    with suppress(FileExistsError):
+        upper.calls.mkdir(_INDEX, 0o700, upper.work_fd)
+    fd = os.open(_INDEX, _OPEN_UPPER | os.O_NOFOLLOW, dir_fd=upper.work_fd)
+    index = Index(fd, upper, view.origins)
+    with closed_on_failure(fd):
+        index.verify(Place(view.lowers[0], view.lowers[0].root_fd, b"."))
+        index.clean()
+    return index
 
 
 def open_probed(lowers: Sequence[bytes], policy: Policy, *, upper: bytes | None = None, masked: frozenset[tuple[int, int]]) -> View:

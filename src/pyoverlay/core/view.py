@@ -15,13 +15,14 @@ import stat
 from collections.abc import Callable
 
 from pyoverlay.core import marks
+from pyoverlay.core.index import Index
 from pyoverlay.core.inode import ROOT_INO, UPPER, Data, Directory, Inode, InodeTable, Key, Listing, key_of
 from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, closed_on_failure
 from pyoverlay.core.merge import Merge
 from pyoverlay.core.metacopy import DataFiles
 from pyoverlay.core.origins import Origins
 from pyoverlay.core.owners import ACLS, Owners
-from pyoverlay.core.policy import Policy
+from pyoverlay.core.policy import Policy, Uuid
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class View:
         self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
         self._upper = upper
         self._reported: set[bytes] = set()
-        self.origins = Origins(lowers)
+        self.origins = Origins(lowers, with_uuid=policy.uuid is not Uuid.OFF)
+        self.index: Index | None = None
         roots = tuple(lower.root for lower in lowers)
         follows = policy.redirect_dir.is_followed and not policy.userxattr
         self._merge = Merge(roots, has_data_layers=bool(data_layers), follows=follows, masked=masked)
@@ -96,6 +98,8 @@ class View:
             self.table.unpin(inode)
             if inode.kept_name:
                 self.upper.discard(inode.kept_name)
+        if self.index is not None:
+            self.index.close()
         self.origins.close()
         self.data_files.close()
         for layer in (*self.lowers, *([self._upper] if self._upper is not None else [])):
@@ -131,12 +135,13 @@ class View:
     def release(self, inode: Inode) -> None:
         """Drop an inode that nobody needs any more, and then the directories that were kept for it.
 
-        A copied-up file of which the lower has more names stays: they must lead to the copy for as long as we are mounted.
+        A copied-up file of which the lower has more names stays, if it is not in the index: they must lead to the copy for as long as we
+        are mounted.
         """
         while inode.nlookup <= 0 and inode.ino != ROOT_INO and inode.ino in self.table.by_ino:
             if isinstance(inode, Directory) and inode.dependants:
                 return
-            if inode.in_upper and inode.lower_links > 0:
+            if inode.in_upper and inode.lower_links > 0 and not inode.index_name:
                 return
             parents = [parent for parent, _ in inode.names()]
             if self.before_drop is not None:
@@ -189,8 +194,15 @@ class View:
         if isinstance(inode, Directory):
             return Place(self.upper, self.upper_fd(inode), b".")
         if inode.parent is None:
-            return Place(self.upper, self.upper.work_fd, inode.kept_name) if inode.kept_name else Place(self.upper, inode.pin, b"")
+            return self._place_without_name(inode)
         return Place(self.upper, self.upper_fd(inode.parent), inode.name)
+
+    def _place_without_name(self, inode: Inode) -> Place:
+        if inode.kept_name:
+            return Place(self.upper, self.upper.work_fd, inode.kept_name)
+        if inode.index_name and self.index is not None:
+            return Place(self.upper, self.index.fd, inode.index_name)
+        return Place(self.upper, inode.pin, b"")
 
     def can_pin(self) -> bool:
         """May another inode hold a descriptor until FORGET?"""
@@ -249,7 +261,8 @@ class View:
             parents = inode.parent.lowers
             if inode.lower_dir is not None and not inode.in_upper:
                 parents = tuple(lower for lower in parents if lower.layer.index > layer.index)
-            inode.metacopy = self._merge.data(layer, dirfd, name, mark, parents)
+            known_as = inode.name if inode.in_upper else inode.lower_name
+            inode.metacopy = self._merge.data(Place(layer, dirfd, name), mark, parents, known_as)
         os.close(fd)
         return -1
 
@@ -299,7 +312,9 @@ class View:
             if inode.is_orphan:
                 return 0
             return st.st_nlink if len(inode.lowers) + inode.in_upper == 1 else 1
-        return st.st_nlink + inode.lower_links - bool(inode.kept_name) if inode.in_upper else inode.lower_links
+        if not inode.in_upper:
+            return inode.lower_links
+        return st.st_nlink + inode.lower_links - bool(inode.kept_name) - bool(inode.index_name)
 
     def blocks(self, inode: Inode, st: os.stat_result) -> int:
         """Blocks of 512 bytes: those of the data."""
@@ -477,28 +492,37 @@ class View:
         inode = self.table.find(key)
         if inode is None:
             metacopy = self._metacopy(self.upper, self.upper_fd(parent), name, st, parent.lowers)
-            ino = self._upper_number(parent, name, st)
-            inode = Inode(ino, st.st_mode)
+            inode = self._with_origin(parent, name, st)
             inode.in_upper = True
             inode.metacopy = metacopy
-            inode.has_origin = ino != self.table.own_number(self.upper.fs, st.st_ino)
+            inode.has_origin = inode.ino != self.table.own_number(self.upper.fs, st.st_ino)
             self.table.add(inode, key)
         inode.add_name(parent, name)
         return inode
 
-    def _upper_number(self, parent: Directory, name: bytes, st: os.stat_result) -> int:
-        """The number of what it was copied up from, if that is known: it had that before.
+    def _with_origin(self, parent: Directory, name: bytes, st: os.stat_result) -> Inode:
+        """An upper object with the number of what it was copied up from, if that is known: it had that before.
 
         Only an impure directory has such entries. A lower object with several names is told apart from its copies, unless an index keeps
         them together (ovl_getattr), so then the copy has its own.
         """
-        if self._is_impure(parent):
-            value = self.upper.getmark(self.upper_fd(parent), name, marks.ORIGIN)
-            origin = marks.decode_origin(value) if value else None
-            found = self.origins.find(origin) if origin else None
-            if found is not None and found[1].st_nlink == 1 and stat.S_IFMT(found[1].st_mode) == stat.S_IFMT(st.st_mode):
-                return self.table.number(found[0], found[1].st_ino)
-        return self.table.number(self.upper.fs, st.st_ino)
+        value = self.upper.getmark(self.upper_fd(parent), name, marks.ORIGIN) if self._is_impure(parent) else None
+        origin = marks.decode_origin(value) if value else None
+        found = self.origins.find(origin) if origin else None
+        if found is None or value is None or stat.S_IFMT(found[1].st_mode) != stat.S_IFMT(st.st_mode):
+            return Inode(self.table.number(self.upper.fs, st.st_ino), st.st_mode)
+        fs, lower = found
+        if lower.st_nlink == 1:
+            return Inode(self.table.number(fs, lower.st_ino), st.st_mode)
+        index_name = self.index.of_upper(value, st) if self.index is not None else b""
+        inode = Inode(self.table.number(fs, lower.st_ino) if index_name else self.table.number(self.upper.fs, st.st_ino), st.st_mode)
+        self._note_index(inode, index_name, st, lower.st_nlink)
+        return inode
+
+    def _note_index(self, inode: Inode, index_name: bytes, st: os.stat_result, lower_nlink: int) -> None:
+        if index_name and self.index is not None:
+            inode.index_name = index_name
+            inode.lower_links = self.index.links(index_name, st, lower_nlink) - st.st_nlink + 1
 
     def _is_impure(self, directory: Directory) -> bool:
         if directory.is_impure is None:
@@ -507,24 +531,46 @@ class View:
 
     def _lower_file(self, parent: Directory, name: bytes, directory: LowerDir, st: os.stat_result) -> Inode:
         key = key_of(directory.layer.index, st.st_ino)
-        inode = self.table.find(key)
+        inode = self.table.find(key) or self._indexed(parent, name, directory, st)
         if inode is None:
             layer = directory.layer
-            below = parent.lowers[parent.lowers.index(directory) + 1 :]
-            metacopy = self._metacopy(layer, layer.dirfd(directory), name, st, below)
+            metacopy = self._metacopy(layer, layer.dirfd(directory), name, st, _below(parent, directory))
             inode = Inode(self.table.number(layer.fs, st.st_ino), st.st_mode)
             inode.metacopy = metacopy
-            inode.lower_dir, inode.lower_name = directory, name
             inode.lower_links = st.st_nlink
             self.table.add(inode, key)
+        if inode.lower_dir is None:
+            inode.lower_dir, inode.lower_name = directory, name
         if not inode.in_upper:
             inode.add_name(parent, name)
         return inode
 
-    def _metacopy(self, layer: Layer, dirfd: int, name: bytes, st: os.stat_result, below: tuple[LowerDir, ...]) -> Data | None:
-        """Where the data of a file lie, if not with the rest of it."""
-        mark = layer.getmark(dirfd, name, marks.METACOPY) if marks.may_be_metacopy(st) else None
-        return self._merge.data(layer, dirfd, name, mark, below) if mark is not None else None
+    def _indexed(self, parent: Directory, name: bytes, directory: LowerDir, st: os.stat_result) -> Inode | None:
+        """The copy of a lower file with several names, which one of the others was copied up by."""
+        if self.index is None or st.st_nlink == 1:
+            return None
+        layer = directory.layer
+        index_name = self.index.name_of(Place(layer, layer.dirfd(directory), name))
+        real = self.index.copy_of(index_name, st) if index_name is not None else None
+        if real is None or index_name is None:
+            return None
+        inode = self.table.find(key_of(UPPER, real.st_ino))
+        if inode is None:
+            metacopy = self._metacopy(self.upper, self.index.fd, index_name, real, _below(parent, directory, or_itself=True), name)
+            inode = Inode(self.table.number(layer.fs, st.st_ino), st.st_mode)
+            inode.in_upper = inode.has_origin = True
+            inode.metacopy = metacopy
+            self._note_index(inode, index_name, real, st.st_nlink)
+            self.table.add(inode, key_of(UPPER, real.st_ino))
+        self.table.add_key(inode, key_of(layer.index, st.st_ino))
+        return inode
+
+    def _metacopy(
+        self, layer: Layer, dirfd: int, at: bytes, st: os.stat_result, below: tuple[LowerDir, ...], name: bytes | None = None
+    ) -> Data | None:
+        """Where the data of a file lie, if not with the rest of it. name: the file's, if it is not `at`."""
+        mark = layer.getmark(dirfd, at, marks.METACOPY) if marks.may_be_metacopy(st) else None
+        return self._merge.data(Place(layer, dirfd, at), mark, below, at if name is None else name) if mark is not None else None
 
     # -- listing
 
@@ -564,3 +610,8 @@ class View:
                 hidden.add(name[len(marks.AUFS_PREFIX) :] if is_aufs and is_file else name)
             else:
                 names[name] = None
+
+
+def _below(parent: Directory, lower: LowerDir, *, or_itself: bool = False) -> tuple[LowerDir, ...]:
+    """The lower directories of a directory below one of them."""
+    return parent.lowers[parent.lowers.index(lower) + (not or_itself) :]

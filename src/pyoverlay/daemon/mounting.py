@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 
 from pyoverlay import registry
 from pyoverlay.core import syscalls
+from pyoverlay.core.index import IndexRefused
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
 from pyoverlay.core.view import View
@@ -114,6 +115,9 @@ def _open(layers: Layers, rules: Policy) -> View:
     lowers, data_lowers = ([layer.path for layer in each] for each in (layers.lowers, layers.data_lowers))
     try:
         return open_view(lowers, _path(layers.upper), _path(layers.work), rules, data_layers=data_lowers)
+    except IndexRefused as error:
+        remedy = "mount it as then, or remove `index` from the work directory, or leave index=on out"
+        raise Refusal(error.filename, error.strerror or "", error.errno, remedy) from error
     except OSError as error:
         raise Refusal.of(error, layers.merged.given) from error
 

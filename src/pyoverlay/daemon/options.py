@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, IdRange, Policy, RedirectDir, Verity, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, Policy, RedirectDir, Uuid, Verity, Whiteouts
 from pyoverlay.errors import OptionRefused
 
 MAX_LOWERS = 4096
@@ -49,6 +49,8 @@ class Options:
     redirect_dir: RedirectDir | None = None
     userxattr: bool | None = None
     metacopy: bool = False
+    index: bool = False
+    uuid: Uuid = Uuid.NULL
     verity: Verity = Verity.OFF
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
@@ -99,11 +101,18 @@ def with_directories(options: Options, *, lowers: str | None = None, upper: str 
 
 
 def policy(options: Options, *, privileged: bool) -> Policy:
-    """What the core is told. Without privilege over the initial user namespace marks are `user.overlay.*` (fact: trusted is EPERM)."""
+    """What the core is told. Without privilege over the initial user namespace marks are `user.overlay.*` (fact: trusted is EPERM).
+
+    OptionRefused: index=on without privilege.
+    """
+    if options.index and not privileged:
+        raise OptionRefused("index=on", "finds lower files by their handles, which root alone may open; leave it out")
     return Policy(
         userxattr=not privileged if options.userxattr is None else options.userxattr,
         redirect_dir=options.redirect_dir or RedirectDir.ON,
         metacopy=options.metacopy,
+        index=options.index,
+        uuid=options.uuid,
         verity=options.verity,
         whiteouts=options.whiteouts,
         fsync=options.fsync,
@@ -307,8 +316,8 @@ _VALUES: dict[str, Meaning] = {
     "gidmapping": _id_map("gid_map"),
     # Inode numbers are unique and lasting without it, whatever it says.
     "xino": _only(("on", "off", "auto"), (), ""),
-    "uuid": _only(("off", "null", "auto"), ("on",), "the upper keeps no identity of its own"),
-    "index": _only(("off",), ("on",), "hard links are kept together within a mount, not across mounts"),
+    "uuid": _one_of("uuid", {mode.value: mode for mode in Uuid}),
+    "index": _one_of("index", {"on": True, "off": False}),
     "metacopy": _one_of("metacopy", {"on": True, "off": False}),
     "verity": _one_of("verity", {mode.value: mode for mode in Verity}),
     "nfs_export": _only(("off",), ("on",), "file handles do not outlive the mount"),

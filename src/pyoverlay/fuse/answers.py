@@ -196,6 +196,8 @@ class Answers:
         return self._looked_up(inode, change.link(self.view, inode, self.view.directory(new_parent), new_name))
 
     def unlink(self, parent: int, name: bytes) -> None:
+        for inode in self.to_copy_up_for_unlink(parent, name):
+            self.copy_up(inode, attributes_only=True)
         change.unlink(self.view, self.view.directory(parent), name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -206,6 +208,14 @@ class Answers:
             self.copy_up(inode, attributes_only=True)
         view = self.view
         renaming.rename(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
+
+    def to_copy_up_for_unlink(self, parent: int, name: bytes) -> list[Inode]:
+        """The file that has to be in the upper before a name of it goes: where an index counts its names."""
+        directory = self.view.directory(parent)
+        found = self.view.lookup(directory, name) if self.view.index is not None and directory.lowers else None
+        if found is None or not found[0].is_regular or found[0].in_upper or found[0].lower_links == 1:
+            return []
+        return [found[0]]
 
     def to_copy_up_for_rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> list[Inode]:
         """The files that a rename has to have in the upper."""
@@ -218,6 +228,8 @@ class Answers:
             found = self.view.lookup(directory, name) if directory.lowers else None  # what the upper alone has is there
             if found is not None and found[0].is_regular and not found[0].in_upper:
                 missing.append(found[0])
+        if not flags & RENAME_EXCHANGE:
+            missing += self.to_copy_up_for_unlink(new_parent, new_name)
         return missing
 
     # -- files

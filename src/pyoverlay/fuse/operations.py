@@ -263,6 +263,9 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        request = self._request()
+        while missing := self.answers.to_copy_up_for_unlink(parent_inode, name):
+            await self._copy_up(missing[0], request=request, attributes_only=True)
         self.answers.unlink(parent_inode, name)
 
     @handler

@@ -64,7 +64,10 @@ class WiredAnswers(Answers):
             self.view.upper.is_dirty = True
         # With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks.
         owns_attributes = (
-            inode.is_writable and not inode.lower_links and self.owners is None and not self.shows_writeback and not inode.kept_name
+            inode.is_writable
+            and not (inode.lower_links or inode.kept_name or inode.index_name)
+            and self.owners is None
+            and not self.shows_writeback
         )
         self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
 
