@@ -36,9 +36,10 @@ _LARGEST = 64 << 20  # 4096 layers with the longest paths there are, and room
 class Record:
     """One mount. Paths are absolute, without symlinks, as they were when it was made; lowers top first.
 
-    start_time: of process `pid`, in clock ticks since boot (proc_pid_stat(5), field 22). device: the mount's `major:minor`.
-    started: seconds since 1970. features: the mount's policy, as `Policy.plain` gives it, and what else is on or off. failure: why the
-    daemon's last sync failed, None while all is well. owner: the uid to whom the file belongs that it was read from.
+    start_time: of process `pid`, in clock ticks since boot (proc_pid_stat(5), field 22). device: the mount's `major:minor`. started:
+    seconds since 1970. data_lowers: layers that show nothing but data of metacopy files. features: the mount's policy, as `Policy.plain`
+    gives it, and what else is on or off. failure: why the daemon's last sync failed, None while all is well. owner: the uid to whom the
+    file belongs that it was read from.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Record:
     work: bytes | None
     options: tuple[str, ...]
     started: float
+    data_lowers: tuple[bytes, ...] = ()
     features: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     owner: int | None = field(default=None, compare=False)
@@ -224,7 +226,8 @@ def _text(value: Any) -> Any:
 def _record(texts: dict[str, Any]) -> Record:
     for name in ("merged", "upper", "work"):
         texts[name] = None if texts[name] is None else os.fsencode(texts[name])
-    texts["lowers"] = tuple(map(os.fsencode, texts["lowers"]))
+    for name in ("lowers", "data_lowers"):
+        texts[name] = tuple(map(os.fsencode, texts.get(name, ())))
     texts["options"] = tuple(texts["options"])
     texts.setdefault("features", {})  # a daemon of an earlier release
     return Record(**{field.name: texts[field.name] for field in fields(Record) if field.name != "owner"})

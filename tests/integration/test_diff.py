@@ -133,6 +133,24 @@ def test_the_cost_of_a_walk_does_not_grow_with_the_lowers(tmp_path: Path) -> Non
     assert calls_of_a_walk(tmp_path / "few", 3) == calls_of_a_walk(tmp_path / "many", 3000)
 
 
+def test_metacopy_files_are_told_by_their_attributes(tmp_path: Path) -> None:
+    """In a lower over a data-only layer, in the upper over the lower, and renamed."""
+    make_tree(tmp_path, {"data": {"blob": "12345"}, "lower": {}, "upper": {}, "merged": {}})
+    mark: dict[str, bytes] = {"trusted.overlay.metacopy": b"", "trusted.overlay.redirect": b"/blob"}
+    make_tree(tmp_path / "lower", {name: File(size=5, xattrs=mark) for name in ("f", "g", "same")})
+    layers = f"lowerdir={tmp_path}/lower::{tmp_path}/data,upperdir={tmp_path}/upper"
+    subprocess.run(command("mount", "-o", f"{layers},metacopy=on", tmp_path / "merged"), check=True)
+    try:
+        os.chmod(tmp_path / "merged/f", 0o600)
+        os.rename(tmp_path / "merged/g", tmp_path / "merged/h")
+        assert (tmp_path / "merged/h").read_text() == "12345"
+        assert printed(tmp_path / "merged") == ["C /f", "D /g", "A /h"]
+    finally:
+        subprocess.run(command("umount", tmp_path / "merged"), check=True)
+    assert "trusted.overlay.metacopy" in os.listxattr(tmp_path / "upper/f")
+    assert printed("--lower", f"{tmp_path}/lower::{tmp_path}/data", tmp_path / "upper") == ["C /f", "D /g", "A /h"]
+
+
 def test_unchanged_copy_ups_are_told_when_asked_for(tmp_path: Path) -> None:
     lower: Tree = {"d": {"same": "1", "deep": {"same": "2"}, "changed": "3"}, "e": {"same": "4"}}
     layers: Tree = {"lower": lower, "upper": {**lower, "d": {**lower["d"], "changed": "new"}}}  # type: ignore[dict-item]

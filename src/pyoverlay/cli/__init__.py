@@ -21,6 +21,7 @@ COMMANDS = {
     "ps": "List the live mounts, and how much each has changed.",
     "inspect": "Tell all there is of a mount: layers, options, daemon, requests.",
     "diff": "Show what changed.",
+    "which": "Say which layer a path comes from, and what it hides.",
     "import": "Unpack images and layers into directories that can be lowers.",
     "commit": "Make an image of a mount: its base, and what changed on top.",
     "export": "Write what changed as one layer of an image.",

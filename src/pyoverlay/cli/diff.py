@@ -41,7 +41,8 @@ def command(
     """Show what changed in MERGED, or in the mount that UPPER is or was the upper of."""
     if sum((stat, name_only, form is not None)) > 1 or (as_json and (name_only or form is not None)):
         raise UsageError("--name-only, --format, and --stat or --json exclude one another")
-    found = target.find(os.fsencode(path), lowers=lowerdirs(lower)[0] if lower is not None else (), userxattr=userxattr)
+    lowers, data_lowers = lowerdirs(lower) if lower is not None else ((), ())
+    found = target.find(os.fsencode(path), lowers=lowers, data_lowers=data_lowers, userxattr=userxattr)
     _show(found, _changes(found, everything), stat=stat, name_only=name_only, as_json=as_json, as_podman=form is not None)
 
 

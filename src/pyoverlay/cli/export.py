@@ -40,7 +40,8 @@ def command(path: str, output: str | None, mtime: int | None, sparse: bool, lowe
 
     What was deleted is a `.wh.` file, as OCI and Docker have it; a renamed directory is there whole.
     """
-    found = target.find(os.fsencode(path), lowers=lowerdirs(lower)[0] if lower is not None else (), userxattr=userxattr)
+    lowers, data_lowers = lowerdirs(lower) if lower is not None else ((), ())
+    found = target.find(os.fsencode(path), lowers=lowers, data_lowers=data_lowers, userxattr=userxattr)
     manner = Manner(mtime, is_sparse=sparse)
     if output is not None:
         with publishing.replacing(os.fsencode(os.path.abspath(output)), 0o666) as file:

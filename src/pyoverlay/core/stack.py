@@ -96,16 +96,24 @@ def _open_index(view: View, upper: Upper, work: bytes) -> Index:
     return index
 
 
-def open_probed(lowers: Sequence[bytes], policy: Policy, *, upper: bytes | None = None, masked: frozenset[tuple[int, int]]) -> View:
+def open_probed(
+    lowers: Sequence[bytes],
+    policy: Policy,
+    *,
+    upper: bytes | None = None,
+    masked: frozenset[tuple[int, int]],
+    data_layers: Sequence[bytes] = (),
+) -> View:
     """A view to ask single names of: lowers alone, or below `upper` as one more layer that is only read. Nothing is written anywhere.
 
     Layer 1 is the upper, there or not; the lowers count from 2. In an upper `.wh.NAME` is an ordinary file, unless the mount reads it as
-    a whiteout. masked: (st_dev, st_ino) of directories that show empty. Raises OSError with the path as its filename.
+    a whiteout. masked: (st_dev, st_ino) of directories that show empty. data_layers: as for open_view. Raises OSError with the path as its
+    filename.
     """
     cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
     prefix = marks.USER if policy.userxattr else marks.TRUSTED
     uppers_whiteouts = Whiteouts.AUFS if policy.whiteouts is Whiteouts.AUFS else Whiteouts.KERNEL
-    wanted = [(path, policy.whiteouts) for path in lowers]
+    wanted = [(path, policy.whiteouts) for path in (*lowers, *data_layers)]
     if upper is not None:
         wanted.insert(0, (upper, uppers_whiteouts))
     filesystems: list[int] = []
@@ -115,7 +123,8 @@ def open_probed(lowers: Sequence[bytes], policy: Policy, *, upper: bytes | None 
             root, is_clone = _open_lower(path, policy)
             fs = _filesystem(root, filesystems)
             opened.append(ProbedLower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=whiteouts))
-        return View(tuple(opened), None, policy, cache, masked)
+        shown = len(opened) - len(data_layers)
+        return View(tuple(opened[:shown]), None, policy, cache, masked, tuple(opened[shown:]))
     except OSError:
         for layer in opened:
             layer.close()

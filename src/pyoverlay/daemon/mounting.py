@@ -185,6 +185,7 @@ class _Entry:
             work=_path(layers.work),
             options=tuple(option for option in options.given if not option.startswith(("lowerdir", "upperdir=", "workdir="))),
             started=time.time(),
+            data_lowers=tuple(lower.path for lower in layers.data_lowers),
             features={**rules.plain(), "writeback": options.writeback, "extension": wire is not None},
         )
         self._listener = _listener(self._directory, self.record)

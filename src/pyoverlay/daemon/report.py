@@ -57,7 +57,7 @@ class ForegroundReport(Report):
     def ready(self) -> None:
         super().ready()
         if self._manager is not None:
-            with self._manager as manager, suppress(OSError):  # nobody listens any more: the mount answers all the same
+            with self._manager as manager, suppress(ConnectionError):  # nobody listens any more: the mount answers all the same
                 manager.send(b"READY=1")
 
 

@@ -67,16 +67,18 @@ Found = tuple[Inode, os.stat_result]
 class Comparison:
     """The merged tree of `upper` over `lowers` (top first; absolute paths), and the lowers alone. A context manager.
 
-    policy: the mount's. work: its work directory, which like the upper shows empty where a lower contains it. Raises OSError with the path
-    as its filename.
+    policy: the mount's. work: its work directory, which like the upper shows empty where a lower contains it. data_lowers: layers below
+    that show nothing but data of metacopy files. Raises OSError with the path as its filename.
     """
 
-    def __init__(self, upper: bytes, lowers: Sequence[bytes], policy: Policy, work: bytes | None = None) -> None:
+    def __init__(
+        self, upper: bytes, lowers: Sequence[bytes], policy: Policy, work: bytes | None = None, data_lowers: Sequence[bytes] = ()
+    ) -> None:
         empty = masked(upper, work)
         self.policy = policy
-        self.before = open_probed(lowers, policy, masked=empty)
+        self.before = open_probed(lowers, policy, masked=empty, data_layers=data_lowers)
         try:
-            self.after = open_probed(lowers, policy, upper=upper, masked=empty)
+            self.after = open_probed(lowers, policy, upper=upper, masked=empty, data_layers=data_lowers)
         except OSError:
             self.before.close()
             raise

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyoverlay import __version__
 from pyoverlay.errors import Refusal
+from pyoverlay.registry import Record
 from pyoverlay.report import mounts
 from pyoverlay.report.mounts import Mount, State
 from pyoverlay.report.times import stamp
@@ -21,9 +22,13 @@ def mount_at(merged: bytes) -> Mount:
     return found
 
 
-def joined(lowers: Iterable[bytes]) -> str:
-    r"""Layers as the kernel's `lowerdir=` has them: top first, a colon in a name as `\:`."""
-    return ":".join(os.fsdecode(lower).replace("\\", "\\\\").replace(":", "\\:") for lower in lowers)
+def joined(record: Record) -> str:
+    r"""The lowers as the kernel's `lowerdir=` has them: top first, data-only ones after `::`, a colon in a name as `\:`."""
+    return ":".join(map(_escaped, record.lowers)) + "".join(f"::{_escaped(layer)}" for layer in record.data_lowers)
+
+
+def _escaped(layer: bytes) -> str:
+    return os.fsdecode(layer).replace("\\", "\\\\").replace(":", "\\:")
 
 
 def as_docker(mount: Mount) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def as_docker(mount: Mount) -> dict[str, Any]:
         "GraphDriver": {
             "Name": "pyoverlay",
             "Data": {
-                "LowerDir": joined(record.lowers),
+                "LowerDir": joined(record),
                 "MergedDir": os.fsdecode(record.merged),
                 "UpperDir": os.fsdecode(record.upper or b""),
                 "WorkDir": os.fsdecode(record.work or b""),
@@ -80,6 +85,7 @@ def _as_json(mount: Mount) -> dict[str, Any]:
         "id": record.id,
         "merged": os.fsdecode(record.merged),
         "lowers": [os.fsdecode(lower) for lower in record.lowers],
+        "data_lowers": [os.fsdecode(lower) for lower in record.data_lowers],
         "upper": None if record.upper is None else os.fsdecode(record.upper),
         "work": None if record.work is None else os.fsdecode(record.work),
         "state": mount.state.name.lower(),

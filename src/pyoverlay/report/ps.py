@@ -60,7 +60,7 @@ class Sizes:
         record = mount.record
         empty = frozenset() if record.upper is None else masked(record.upper, record.work)
         upper = Usage() if record.upper is None else _usage(record.upper, record.policy, frozenset())
-        below = sum((self._lower(lower, record.policy, empty) for lower in record.lowers), Usage())
+        below = sum((self._lower(lower, record.policy, empty) for lower in (*record.lowers, *record.data_lowers)), Usage())
         return Size(upper.size, upper.size + below.size, upper.unreadable + below.unreadable)
 
     def _lower(self, lower: bytes, policy: Policy, empty: frozenset[tuple[int, int]]) -> Usage:
@@ -84,7 +84,7 @@ def row(mount: Mount, size: Size | None, *, is_cut: bool) -> dict[str, Any]:
         "ID": record.id,
         "Merged": cut(record.merged),
         "Upper": cut(record.upper or b""),
-        "Lowers": _top(record.lowers) if is_cut else printable(joined(record.lowers)),
+        "Lowers": _top(record.lowers) if is_cut else printable(joined(record)),
         "Work": cut(record.work or b""),
         "Pid": str(record.pid),
         "CreatedAt": stamp(record.started),

@@ -33,6 +33,7 @@ class Target:
     policy: Policy
     work: bytes | None = None
     merged: bytes | None = None
+    data_lowers: tuple[bytes, ...] = ()
 
     @property
     def knows_lowers(self) -> bool:
@@ -54,7 +55,8 @@ class Target:
     def open(self) -> View:
         """A read-only view of the layers, to be closed. Raises Refusal."""
         try:
-            return open_probed(self.lowers, self.policy, upper=self.upper, masked=masked(self.upper, self.work))
+            empty = masked(self.upper, self.work)
+            return open_probed(self.lowers, self.policy, upper=self.upper, masked=empty, data_layers=self.data_lowers)
         except OSError as error:
             raise Refusal.of(error, self.given) from error
 
@@ -64,16 +66,16 @@ class Target:
             remedy = "name the layers below with --lower, or mount it and name the mount point"
             raise Refusal(self.given, "an upper says what it holds, not what that changes", remedy=remedy)
         try:
-            return Comparison(self.upper, self.lowers, self.policy, self.work)
+            return Comparison(self.upper, self.lowers, self.policy, self.work, self.data_lowers)
         except OSError as error:
             raise Refusal.of(error, self.given) from error
 
 
-def find(path: bytes, *, lowers: Sequence[bytes] = (), userxattr: bool = False) -> Target:
+def find(path: bytes, *, lowers: Sequence[bytes] = (), data_lowers: Sequence[bytes] = (), userxattr: bool = False) -> Target:
     """The target that a path names: a mount point, or any directory that is, was or could be an upper.
 
-    lowers, userxattr: what an upper that is not mounted does not tell. A mount whose daemon hangs or died is found all the same. Raises
-    Refusal.
+    lowers, data_lowers, userxattr: what an upper that is not mounted does not tell. A mount whose daemon hangs or died is found all the
+    same. Raises Refusal.
     """
     if (mount := mounts.at(path)) is not None:
         return _mounted(path, mount, mount.record.merged)
@@ -84,7 +86,8 @@ def find(path: bytes, *, lowers: Sequence[bytes] = (), userxattr: bool = False) 
         return _mounted(path, mount, None)
     real = os.path.realpath(path)
     policy = Policy(userxattr=userxattr or not may_read_trusted(), metacopy=True)
-    return Target(path, real, tuple(map(os.path.realpath, lowers)), _for_this_process(path, policy, real))
+    shown, data = (tuple(map(os.path.realpath, layers)) for layers in (lowers, data_lowers))
+    return Target(path, real, shown, _for_this_process(path, policy, real), data_lowers=data)
 
 
 def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
@@ -96,7 +99,8 @@ def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
     except ValueError as error:
         raise Refusal(path, f"mounted by another release of pyoverlay: {error}", remedy="use that release") from error
     policy = _for_this_process(path, policy, record.upper)
-    return Target(path, record.upper, record.lowers, policy, record.work, merged if mount.state is State.UP else None)
+    to_sync = merged if mount.state is State.UP else None
+    return Target(path, record.upper, record.lowers, policy, record.work, to_sync, record.data_lowers)
 
 
 def _for_this_process(path: bytes, policy: Policy, upper: bytes) -> Policy:
