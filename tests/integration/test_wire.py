@@ -6,8 +6,10 @@ ext4. Each way to change a file is tried by each kind of caller, on ext4 and in 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from pyoverlay.testing import File, Overlay, OverlayFactory, Tree, make_tree
 from tests.integration.test_data_integrity import extension
-from tests.posix.check import NOBODY, SOMEBODY, as_user, opened
+from tests.posix.check import NOBODY, SOMEBODY, as_user, fails, opened
 from tests.posix.system_calls import CAP_NET_RAW, capability, fallocate
 
 pytestmark = pytest.mark.root
@@ -176,3 +178,18 @@ def test_a_chown_that_changes_nothing_keeps_setuid(overlay: OverlayFactory) -> N
     made = overlay({"f": privileged_file("suid")})
     os.chown(made.merged / "f", -1, -1)
     assert os.stat(made.merged / "f").st_mode & 0o7777 == MODES["suid"]
+
+
+@pytest.mark.wire
+def test_an_immutable_file_opens_and_refuses_the_write(overlay: OverlayFactory) -> None:
+    """On ext4 open(2) refuses it. Here the kernel does not ask at open, and knows no such flag of a FUSE inode."""
+    made = overlay({"f": b"old"})
+    subprocess.run(["chattr", "+i", made.merged / "f"], check=True)
+    try:
+        with opened(made.merged / "f", os.O_WRONLY) as fd, fails(errno.EPERM):
+            os.write(fd, b"new")
+        with fails(errno.EPERM):
+            os.unlink(made.merged / "f")
+        assert (made.merged / "f").read_bytes() == b"old"
+    finally:
+        subprocess.run(["chattr", "-i", made.writable / "f"], check=True)

@@ -29,7 +29,8 @@ class FuseOverlayfs(KernelOverlay):
     def mounted(self) -> bool:
         """Whether it answers: it may have crashed, and what is left then is taken away."""
         try:
-            return os.lstat(self.merged).st_dev != os.lstat(self.merged.parent).st_dev
+            os.statvfs(self.merged)  # lstat(2) may be answered from the kernel's cache
+            return os.path.ismount(self.merged)
         except OSError:
             subprocess.run(["umount", "-l", self.merged], check=True)
             return False

@@ -1,0 +1,50 @@
+"""docs/semantics.md: one table, and each claim in it about pyoverlay has tests, which exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.posix.checks import CHECKS
+
+ROOT = Path(__file__).parents[2]
+HEADER = ["Behaviour", "kernel", "fuse-overlayfs", "pyoverlay", "Shown by"]
+
+
+def lines() -> list[str]:
+    return [line for line in (ROOT / "docs/semantics.md").read_text().splitlines() if line.startswith("|")]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+ROWS = [row for row in map(cells, lines()[2:]) if any(row[1:])]
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Every check of tests/posix and every test there is."""
+    found = {check.name for check in CHECKS}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        found |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return found
+
+
+def test_there_is_one_table_of_behaviours() -> None:
+    assert cells(lines()[0]) == HEADER
+    assert [line for line in lines() if set(line) <= set("|-")] == [lines()[1]]
+    assert len(ROWS) > 50
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:60])
+def test_each_behaviour_of_ours_is_shown_by_tests_that_exist(row: list[str], known: set[str]) -> None:
+    assert len(row) == len(HEADER)
+    assert row[3] not in ("", "—")
+    named = re.findall(r"`(\w+)`", row[4])
+    assert named
+    assert [name for name in named if name not in known] == []
