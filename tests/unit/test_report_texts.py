@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_durations_are_about_right(seconds: float, text: str) -> None:
 
 
 def test_a_stamp_is_in_utc() -> None:
-    assert stamp(1_577_836_800.25) == "2020-01-01T00:00:00.250000Z"
+    assert stamp(datetime.fromtimestamp(1_577_836_800.25, UTC)) == "2020-01-01T00:00:00.250000Z"
 
 
 def test_columns_are_three_apart_and_ten_wide() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click
 
 from pyoverlay.cli.formats import parsed, rendered
 from pyoverlay.errors import PyoverlayError, UsageError
-from pyoverlay.report import inspect
-from pyoverlay.report.mounts import Mount
+from pyoverlay.report.inspect import Inspection, as_docker, as_json, inspect
 
 EPILOG = """\b
 The template language is Go's, with docker's functions: fields, index, pipelines, variables, if, with,
@@ -27,26 +25,26 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("merged", nargs=-1, required=True, metavar="MERGED...")
 @click.option("form", "--format", "-f", metavar="TEMPLATE", help="One line for each by this template, or `json`: the array in one line.")
-@click.option("as_json", "--json", is_flag=True, help="Print one JSON object of pyoverlay's own schema.")
-def command(merged: tuple[str, ...], form: str | None, as_json: bool) -> int:
+@click.option("is_json", "--json", is_flag=True, help="Print one JSON object of pyoverlay's own schema.")
+def command(merged: tuple[str, ...], form: str | None, is_json: bool) -> int:
     """Tell all there is of each mount, in the shape of `docker inspect`: layers, options, daemon, features, requests."""
-    if as_json and form is not None:
+    if is_json and form is not None:
         raise UsageError("--json and --format exclude one another")
     template = parsed(form) if form not in (None, "json") else None
-    found: list[Mount] = []
+    found: list[Inspection] = []
     failed = 0
     for path in merged:
         try:
-            found.append(inspect.mount_at(os.fsencode(path)))
+            found.append(inspect(path))
         except PyoverlayError as error:
             click.echo(f"pyoverlay: {error}", err=True)
             failed = error.exit_code
-    if as_json:
-        click.echo(json.dumps(inspect.as_json(found), indent=4))
+    if is_json:
+        click.echo(json.dumps(as_json(found), indent=4))
     elif template is not None:
         for mount in found:
-            click.echo(rendered(template, inspect.as_docker(mount)))
+            click.echo(rendered(template, as_docker(mount)))
     else:
-        array = [inspect.as_docker(mount) for mount in found]
+        array = [as_docker(mount) for mount in found]
         click.echo(json.dumps(array, indent=4) if form is None else json.dumps(array, separators=(",", ":")))
     return failed

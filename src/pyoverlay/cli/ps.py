@@ -11,6 +11,7 @@ import click
 from pyoverlay.cli.formats import parsed, rendered
 from pyoverlay.errors import UsageError, printable
 from pyoverlay.report import inspect, mounts, ps
+from pyoverlay.report.inspect import Inspection
 from pyoverlay.report.mounts import Mount
 from pyoverlay.report.tables import table
 
@@ -74,14 +75,14 @@ class _Measured:
 
 
 def _with_sizes(found: Sequence[Mount], sizes: _Measured | None) -> dict[str, Any]:
-    told = inspect.as_json(found)
+    told = inspect.as_json(map(Inspection.of, found))
     for one in told["mounts"] if sizes is not None else ():
         size = sizes.by_id.get(one["id"]) if sizes else None
         one["size"] = None if size is None else {"upper": size.upper, "virtual": size.virtual}
     return told
 
 
-def _show(rows: Sequence[dict[str, Any]], form: str | None, *, with_size: bool, heading: bool) -> None:
+def _show(rows: Sequence[dict[str, str]], form: str | None, *, with_size: bool, heading: bool) -> None:
     if form == "json":
         for row in rows:
             click.echo(json.dumps(row if with_size else {name: text for name, text in row.items() if name != "Size"}))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pyoverlay import __version__
+from pyoverlay.errors import Refusal
 from pyoverlay.report.changes import Change, Kind
 from pyoverlay.report.sizes import human
 from pyoverlay.report.tables import table
-from pyoverlay.report.target import Target
+from pyoverlay.report.target import Target, find
 
 _TYPES = {
     stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket",
@@ -25,6 +27,51 @@ def changes(target: Target, *, copy_ups: bool = False) -> Iterator[Change]:
     """What a target's upper changes; see Comparison.changes. Raises Refusal, OSError with a path in the merged tree as its filename."""
     with target.compare() as comparison:
         yield from comparison.changes(copy_ups=copy_ups)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One path that is not in the merged tree as it is in the lowers.
+
+    path: from the root of the merged tree, with a slash in front. type: `file`, `directory`, `symlink`, `fifo`, `socket`, `character
+    device`, `block device`. size: in bytes, None of what was deleted. in_upper: the object itself lies in the upper; else it is deleted, or
+    shows at a new place by the redirect of a directory above. is_opaque: a directory that hides the one of the lowers.
+    """
+
+    kind: Kind
+    path: Path
+    type: str
+    size: int | None
+    in_upper: bool
+    is_opaque: bool
+
+
+Named = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+def diff(path: Named, *, lowers: Sequence[Named] = (), userxattr: bool = False, copy_ups: bool = False) -> list[Difference]:
+    """What changed in a mount, or in the mount that `path` is or was the upper of; by the rules of `docker diff`, in the order of paths.
+
+    lowers, userxattr: the layers below, top first, and the spelling of its marks, of an upper that is not mounted. copy_ups: also what was
+    copied up without a change. Only the upper is walked, and no mount is touched whose daemon does not answer. Raises Refusal.
+    """
+    target = find(os.fsencode(path), lowers=list(map(os.fsencode, lowers)), userxattr=userxattr)
+    try:
+        target.sync()
+        return [_difference(change) for change in changes(target, copy_ups=copy_ups)]
+    except OSError as error:
+        raise Refusal.of(error, target.given) from error
+
+
+def _difference(change: Change) -> Difference:
+    return Difference(
+        kind=change.kind,
+        path=Path("/" + os.fsdecode(change.path)),
+        type=_TYPES[stat.S_IFMT(change.st.st_mode)],
+        size=None if change.kind is Kind.DELETED else change.st.st_size,
+        in_upper=change.in_upper,
+        is_opaque=change.is_opaque,
+    )
 
 
 def line(change: Change) -> bytes:
@@ -47,17 +94,13 @@ def as_json(target: Target, found: Iterable[Change]) -> dict[str, Any]:
         "pyoverlay": __version__,
         "upper": os.fsdecode(target.upper),
         "lowers": [os.fsdecode(lower) for lower in target.lowers],
-        "changes": [_as_json(change) for change in found],
+        "changes": [_as_json(_difference(change)) for change in found],
     }
 
 
-def _as_json(change: Change) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        "kind": change.kind.value, "path": "/" + os.fsdecode(change.path), "type": _TYPES[stat.S_IFMT(change.st.st_mode)],
-    }  # fmt: skip
-    if change.kind is not Kind.DELETED:
-        said |= {"size": change.st.st_size, "in_upper": change.in_upper, "opaque": change.is_opaque}
-    return said
+def _as_json(one: Difference) -> dict[str, Any]:
+    said: dict[str, Any] = {"kind": one.kind.value, "path": str(one.path), "type": one.type}
+    return said if one.size is None else said | {"size": one.size, "in_upper": one.in_upper, "opaque": one.is_opaque}
 
 
 @dataclass(slots=True)

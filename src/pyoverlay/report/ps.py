@@ -7,12 +7,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pyoverlay.core.policy import Policy
 from pyoverlay.errors import UsageError, printable
 from pyoverlay.report.changes import masked
-from pyoverlay.report.inspect import joined
+from pyoverlay.report.inspect import Inspection, joined
 from pyoverlay.report.mounts import Mount, State
 from pyoverlay.report.sizes import Usage, human, usage
 from pyoverlay.report.target import may_clone
@@ -76,18 +75,18 @@ def _usage(layer: bytes, policy: Policy, empty: frozenset[tuple[int, int]]) -> U
         raise OSError(error.errno, error.strerror, os.fsdecode(layer)) from error
 
 
-def row(mount: Mount, size: Size | None, *, is_cut: bool) -> dict[str, Any]:
+def row(mount: Mount, size: Size | None, *, is_cut: bool) -> dict[str, str]:
     """The texts of a mount by their names in HEADS. is_cut: paths are shortened, and of the lowers only the top one is named."""
-    record = mount.record
+    record, known = mount.record, Inspection.of(mount)
     cut = _cut if is_cut else printable
     return {
         "ID": record.id,
         "Merged": cut(record.merged),
         "Upper": cut(record.upper or b""),
-        "Lowers": _top(record.lowers) if is_cut else printable(joined(record)),
+        "Lowers": _top(record.lowers) if is_cut else printable(joined(known.lowers, known.data_lowers)),
         "Work": cut(record.work or b""),
         "Pid": str(record.pid),
-        "CreatedAt": stamp(record.started),
+        "CreatedAt": stamp(known.started),
         "RunningFor": f"{_age(mount)} ago",
         "Status": status(mount),
         "Options": printable(",".join(record.options)),

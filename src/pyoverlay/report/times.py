@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 
-def stamp(seconds: float) -> str:
+def stamp(moment: datetime) -> str:
     """RFC 3339 with microseconds, in UTC, as `docker inspect` has it: 2026-11-27T22:41:32.434964Z."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 _HOUR, _DAY = 3600, 24 * 3600
