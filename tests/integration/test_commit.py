@@ -183,6 +183,14 @@ def test_a_tag_is_replaced_only_when_told_so_and_others_stay(changed: Overlay, t
     assert second != third
 
 
+def test_commits_at_the_same_time_are_all_there(changed: Overlay, tmp_path: Path) -> None:
+    commit(changed.merged, f"{tmp_path}/app:0")
+    commits = [subprocess.Popen(command("commit", changed.merged, f"{tmp_path}/app:{tag}"), stdout=subprocess.PIPE) for tag in "123"]
+    ids = [process.communicate(timeout=50)[0].decode().strip() for process in commits]
+    assert [Read(tmp_path / "app", tag).id for tag in "123"] == ids
+    assert len(json.loads((tmp_path / "app/manifest.json").read_text())) == 4
+
+
 def test_a_dry_run_shows_and_does_nothing(changed: Overlay, tmp_path: Path) -> None:
     shown = commit("-n", changed.merged, f"{tmp_path}/app:1").stdout
     assert shown.splitlines() == [

@@ -222,6 +222,18 @@ def test_a_file_appears_whole_or_not_at_all(overlay: OverlayFactory, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["layer.tar", "overlay0"]
 
 
+def test_what_is_no_file_is_written_to_and_not_replaced(overlay: OverlayFactory, tmp_path: Path) -> None:
+    """`-o /dev/null` as root must not leave a file there; a symlink stays one."""
+    mounted = overlay({})
+    (mounted.merged / "f").write_text("1")
+    make_tree(tmp_path, {"null": Device("c", 1, 3, 0o666), "link": Symlink("layer.tar")})
+    export(mounted.merged, "-o", tmp_path / "null")
+    assert os.stat(tmp_path / "null").st_rdev == os.makedev(1, 3)
+    export(mounted.merged, "-o", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert names((tmp_path / "layer.tar").read_bytes()) == ["f"]
+
+
 def test_a_bare_upper_with_a_renamed_directory_needs_its_lowers(changed: Overlay) -> None:
     changed.umount()
     refused = export(changed.writable, check=False)

@@ -19,7 +19,7 @@ from pyoverlay.image import sources
 from pyoverlay.image.importing import Imported, Wanted, import_into
 from pyoverlay.image.store import Store, StoredLayer
 from pyoverlay.image.unpacking import Terms
-from pyoverlay.testing import snapshot
+from pyoverlay.testing import Symlink, make_tree, snapshot
 from pyoverlay.testing.mounts import command
 from tests.unit.archives import archive, config_of, digest, directory, file, make_layout, saved_image, symlink
 
@@ -139,6 +139,22 @@ def test_only_the_owner_reaches_what_is_unpacked(tmp_path: Path, imports: Import
 def test_a_tag_chooses_among_several_images(tmp_path: Path, imports: Import, tag: str, found: bytes) -> None:
     image = several_images(tmp_path)
     assert lowers(imports(image, tag=tag)) == [digest(found)[7:]]
+    layer = written(tmp_path / "layer.tar", EMPTY)
+    assert lowers(imports(image, layer, tag=tag)) == [digest(EMPTY)[7:], digest(found)[7:]]
+
+
+def test_without_a_tag_several_images_are_refused_with_their_names(tmp_path: Path, imports: Import) -> None:
+    with pytest.raises(Refusal, match=r"2 images in it \(Invalid argument\); choose one with --tag: app:1, registry:5000/other:2$"):
+        imports(several_images(tmp_path))
+    with pytest.raises(Refusal, match=r"no image 3 for .* in it .*; it has: app:1, registry:5000/other:2$"):
+        imports(several_images(tmp_path), tag="3")
+
+
+def test_a_store_whose_parts_are_somebody_elses_is_refused(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:
+    make_tree(tmp_path, {"store": {"layers": Symlink("../elsewhere")}, "elsewhere": {}})
+    with pytest.raises(Refusal, match=r"store/layers: cannot hold layers .Operation not permitted."):
+        imports(written(tmp_path / "base.tar", BASE))
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def several_images(tmp_path: Path) -> Path:
@@ -196,6 +212,25 @@ def test_damage_is_found_before_a_layer_has_its_name(tmp_path: Path, imports: Im
     assert left(directory_of_layers / "layers") == [digest(BASE)[7:], "d", "base"]
     assert left(directory_of_layers / "unpacking") == []
     assert left(directory_of_layers / "images") == []
+
+
+def test_a_layer_that_is_there_cannot_be_given_another_blob(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:
+    """Else an image that claims a known layer's diff_id could change what others commit on top of that layer."""
+    imports(make_layout(tmp_path / "layout", [BASE]))
+    forged = make_layout(tmp_path / "forged", [TOP])
+    index = json.loads((forged / "index.json").read_text())
+    blobs = forged / "blobs/sha256"
+    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
+    for document, holder, key in ((config_of([BASE]), manifest, "config"), (manifest, index["manifests"], 0)):
+        data = json.dumps(document).encode()
+        (blobs / digest(data)[7:]).write_bytes(data)
+        holder[key] = {"digest": digest(data), "size": len(data)}
+    (forged / "index.json").write_text(json.dumps(index))
+    with pytest.raises(Refusal, match=f"should have the digest {digest(BASE)}"):
+        imports(forged)
+    origin = Store(os.fsencode(directory_of_layers)).origin(digest(BASE))
+    assert origin is not None
+    assert origin.digest == digest(gzip.compress(BASE, mtime=0))
 
 
 def test_what_follows_the_end_of_an_archive_counts(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:

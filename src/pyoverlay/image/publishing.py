@@ -15,8 +15,13 @@ from pyoverlay.errors import Refusal
 def replacing(path: bytes, mode: int = 0o644) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends without an error; else nothing has changed.
 
-    Raises Refusal where it cannot be made. Its data is on disk before it has its name.
+    What is there and no file, such as /dev/null or a fifo, is written to as it is. A symlink stays. Raises Refusal where it cannot be made.
+    The data is on disk before it has its name.
     """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield from _written_in_place(path)
+        return
     temporary = os.path.join(os.path.dirname(path), b".%s.%s" % (os.path.basename(path)[:200], secrets.token_hex(6).encode()))
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
@@ -32,3 +37,12 @@ def replacing(path: bytes, mode: int = 0o644) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _written_in_place(path: bytes) -> Iterator[BinaryIO]:
+    try:
+        file = open(path, "wb")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise Refusal(path, "cannot be written", error.errno) from error
+    with file:
+        yield file

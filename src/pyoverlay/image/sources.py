@@ -81,7 +81,7 @@ def opened(path: bytes, scratch: bytes, limit: int, wanted: str | None) -> Itera
     """The image or layer at `path`, while the block lasts.
 
     scratch: a directory for a compressed archive that has to be read out of order. limit: bytes that it may have uncompressed. wanted: a
-    name or tag, where there are several images. Raises Refusal.
+    name or tag, where there are several images; a single layer has none and needs none. Raises Refusal.
     """
     with ExitStack() as held:
         try:
@@ -184,8 +184,6 @@ def _in_archive(path: bytes, fd: int, scratch: bytes, limit: int, wanted: str | 
         file.flush()
         archive.fd = file.fileno()
     if not _is_image(archive):
-        if wanted is not None:
-            raise Refusal(path, "a single layer, which has no name", remedy="leave --tag out")
         return Image((Layer(content.digest, None, Blob(size, lambda: slice_of(fd, 0, size))),))
     return _image(archive, path, wanted)
 

@@ -12,21 +12,23 @@ rename, when all of it was verified and is on disk.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.errors import Refusal
 from pyoverlay.image.publishing import replacing
 from pyoverlay.image.sources import HEAD, Layer, blob_name
-from pyoverlay.image.streams import Measured, uncompressed
+from pyoverlay.image.streams import Measured, is_compressed, uncompressed
 from pyoverlay.image.tar_reader import MalformedArchive, TarReader
 from pyoverlay.image.unpacking import Terms, unpack
 
@@ -71,12 +73,13 @@ class Store:
     def create(cls, path: bytes) -> Store:
         """The store at `path`, made where there is none. Raises Refusal."""
         try:
-            for part in (path, *(os.path.join(path, part) for part in _PARTS)):
-                with suppress(FileExistsError):
-                    os.mkdir(part, 0o755 if part == path else 0o700)
-            os.close(os.open(os.path.join(path, b"layers"), _OPEN_DIR))
+            with suppress(FileExistsError):
+                os.mkdir(path)
+            for part in _PARTS:
+                _make_part(os.path.join(path, part))
         except OSError as error:
-            raise Refusal(path, "cannot hold layers", error.errno, "name a directory that you may write to") from error
+            named = error.filename if isinstance(error.filename, bytes) else path
+            raise Refusal(named, "cannot hold layers", error.errno, "name a directory of your own, or a new one") from error
         store = cls(os.path.realpath(path))
         store._clear_abandoned()
         return store
@@ -121,9 +124,11 @@ class Store:
                 return Added(StoredLayer(source.diff_id, source.digest, source.blob.size), path)
             copy = os.path.join(place, b"blob") if keeps_blob else None
             with _copied(copy) as kept, source.blob.open() as blob:
-                raw = Measured(blob.read, copy=lambda data: (kept(data), progress(len(data))))
-                disarmed = 0 if is_there else _unpack(source, raw, os.path.join(place, b"tree"), terms, limit)
+                raw, archive = _streams(source, blob, lambda data: (kept(data), progress(len(data))), limit)
+                disarmed = 0 if is_there else _unpack(archive, os.path.join(place, b"tree"), terms)
+                archive.drain()
                 raw.drain()
+            _verify(source.diff_id, archive.digest)
             _verify(source.digest, raw.digest)
             if copy is not None:
                 os.rename(copy, self.blob(raw.digest))
@@ -184,6 +189,15 @@ class Store:
             file.write(json.dumps(record, indent=1).encode())
 
 
+def _make_part(path: bytes) -> None:
+    """A directory of ours. Somebody else's, or a symlink, would lead to where somebody else wants it: PermissionError."""
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    st = os.lstat(path)
+    if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+
 def _read(path: bytes) -> Any:
     with open(path, "rb") as file:
         return json.load(file)
@@ -232,17 +246,24 @@ def _copied(path: bytes | None) -> Iterator[Callable[[bytes], object]]:
         os.fsync(file.fileno())
 
 
-def _unpack(source: Layer, raw: Measured, tree: bytes, terms: Terms, limit: int) -> int:
-    """Unpack a blob into the new directory `tree`; all of it verified and on disk. How many objects were disarmed."""
+def _streams(source: Layer, blob: BinaryIO, copy: Callable[[bytes], object], limit: int) -> tuple[Measured, Measured]:
+    """(the blob as it is stored, the archive in it); they are one where it is not compressed."""
+    with source.blob.open() as beginning:
+        head = beginning.read(HEAD)
+    if not is_compressed(head):
+        raw = Measured(blob.read, limit, copy)
+        uncompressed(raw, head)  # refuses what is compressed in other ways
+        return raw, raw
+    raw = Measured(blob.read, copy=copy)
+    return raw, Measured(uncompressed(raw, head), limit)
+
+
+def _unpack(archive: Measured, tree: bytes, terms: Terms) -> int:
+    """Unpack an archive into the new directory `tree`; all of it is on disk then. How many objects were disarmed."""
     os.mkdir(tree, 0o700)
     root = os.open(tree, _OPEN_DIR)
     try:
-        with source.blob.open() as beginning:
-            head = beginning.read(HEAD)
-        archive = Measured(uncompressed(raw, head), limit)
         done = unpack(TarReader(archive.read), root, terms)
-        archive.drain()
-        _verify(source.diff_id, archive.digest)
         syscalls.syncfs(root)
     finally:
         os.close(root)

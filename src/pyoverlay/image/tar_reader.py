@@ -72,7 +72,8 @@ class TarReader:
             header = self._exactly(BLOCK)
             if not any(header):
                 return None
-            if _number(header[148:156], "checksum") not in (checksum(header), _signed_checksum(header)):
+            expected = _number(header[148:156], "checksum")
+            if expected != checksum(header) and expected != _signed_checksum(header):  # the second is slow, and rare
                 raise MalformedArchive("a header's checksum is wrong")
             flag = header[156:157]
             if flag not in b"xgLKV":
