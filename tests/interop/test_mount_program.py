@@ -148,3 +148,26 @@ def test_a_user_without_subordinate_ids_runs_containers(base_image: Path) -> Non
     *owners, uid_map = shown.splitlines()
     assert owners == ["0", "0"]
     assert uid_map.split() == ["0", str(engines.USER), "1"]
+
+
+@pytest.mark.parametrize("user", ["root", "user"])
+def test_an_image_whose_owners_are_in_attributes(base_image: Path, user: str) -> None:
+    """`force_mask`: podman writes `user.containers.override_stat` into its layers, and asks us for xattr_permissions=2.
+
+    Of a mode it writes the lower nine bits alone (4.3): set-user-id and sticky do not outlive its own hands.
+    """
+    if (reason := engines.missing("podman", "buildah", "runc", "newuidmap", "setpriv")) is not None:
+        pytest.skip(reason)
+    if not engines.is_within_a_users_reach(engines.MOUNT_PROGRAM):
+        pytest.skip(f"{engines.MOUNT_PROGRAM} is out of an ordinary user's reach")
+    start = engines.root_podman if user == "root" else engines.user_podman
+    with start(base_image, options='force_mask = "0755"\n') as podman:
+        (layer,) = podman.store.glob("*/diff/etc/passwd")
+        assert os.getxattr(layer, "user.containers.override_stat").startswith(b"0:0:0644")
+        assert os.lstat(layer).st_mode & 0o777 == 0o755
+        script = "stat -c '%u:%g %a' /etc/passwd /etc; touch /new; chown 7:8 /new; chmod 640 /new; stat -c '%u:%g %a' /new"
+        podman.podman("run", "--name", "c", IMAGE, "sh", "-c", script)
+        assert podman.podman("logs", "c").splitlines() == ["0:0 644", "0:0 755", "7:8 640"]
+        podman.podman("commit", "-q", "c", "committed")
+        shown = podman.podman("run", "--rm", "committed", "stat", "-c", "%u:%g %a", "/new", "/etc/passwd")
+        assert shown.splitlines() == ["7:8 640", "0:0 644"]

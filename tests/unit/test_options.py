@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pyoverlay.core.policy import Fsync, IdRange, RedirectDir, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, Override, RedirectDir, Whiteouts
 from pyoverlay.daemon.options import Options, escape, lowerdirs, parse, policy, split, with_directories
 from pyoverlay.errors import OptionRefused
 
@@ -177,6 +177,8 @@ def meaning(string: str) -> dict[str, object]:
         ("uidmapping=:0:1:1000", {"uid_map": (IdRange(0, 1, 1000),)}),
         ("gidmapping=0:1:1001:1001:0:1", {"gid_map": (IdRange(0, 1, 1001), IdRange(1001, 0, 1))}),
         ("uidmapping=0:4294967294:1", {"uid_map": (IdRange(0, 4294967294, 1),)}),
+        ("xattr_permissions=1", {"override": Override.PRIVILEGED}),
+        ("xattr_permissions=2", {"override": Override.CONTAINERS}),
         ("stop_timeout=2.5", {"stop_timeout": 2.5}),
     ],
 )
@@ -212,7 +214,7 @@ def test_what_was_given_is_kept_for_people() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["xattr_permissions=1", "xattr_permissions=2", "noacl", "noxattrs", "timeout=5", "nfs_export=on", "remount"],
+    ["noacl", "noxattrs", "timeout=5", "nfs_export=on", "remount"],
 )  # fmt: skip
 def test_what_is_not_there_yet_is_refused_and_not_swallowed(option: str) -> None:
     message = refusal(LAYERS, option)
@@ -230,7 +232,7 @@ def test_an_unknown_option_is_refused_by_name(option: str) -> None:
 @pytest.mark.parametrize(
     "option",
     ["redirect_dir=maybe", "fsync=2", "whiteouts=", "squash_to_uid=-1", "squash_to_uid=4294967295", "squash_to_gid=0x1",
-     "stop_timeout=soon", "stop_timeout=-1", "xino=perhaps", "uidmapping=0:1", "gidmapping=a:b:c", "gidmapping=",
+     "stop_timeout=soon", "stop_timeout=-1", "xattr_permissions=3", "xino=perhaps", "uidmapping=0:1", "gidmapping=a:b:c", "gidmapping=",
      "gidmapping=:", "subtype=a b"],
 )  # fmt: skip
 def test_an_unknown_value_is_refused_with_what_there_is(option: str) -> None:

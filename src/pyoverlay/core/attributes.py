@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode
-from pyoverlay.core.layer import CAPABILITY
+from pyoverlay.core.layer import CAPABILITY, Upper
+from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.view import View, failure
 
@@ -57,6 +58,7 @@ def setxattr(view: View, inode: Inode, name: bytes, value: bytes, flags: int = 0
     """setxattr(2). What the caller calls like one of our marks is kept one level deeper, where it means nothing."""
     upper = view.upper
     _refuse_unreadable(inode, name)
+    _refuse_private(upper, name)
     view.require_owner(inode, errno.EPERM)
     if name in ACLS:
         value = view.owners.stored_acl(value)
@@ -69,6 +71,7 @@ def setxattr(view: View, inode: Inode, name: bytes, value: bytes, flags: int = 0
 def removexattr(view: View, inode: Inode, name: bytes) -> None:
     """removexattr(2)."""
     upper = view.upper
+    _refuse_private(upper, name)
     view.require_owner(inode, errno.EPERM)
     _, dirfd, at = view.place(inode)
     upper.is_dirty = True
@@ -84,6 +87,11 @@ def _acl_may_change(inode: Inode) -> None:
 def _refuse_unreadable(inode: Inode, name: bytes) -> None:
     """user.* is for files and directories (xattr(7)); the daemon's privilege must not widen that."""
     if name.startswith(b"user.") and not inode.is_regular and not isinstance(inode, Directory):
+        raise failure(errno.EPERM)
+
+
+def _refuse_private(upper: Upper, name: bytes) -> None:
+    if upper.override is not None and is_private(name):
         raise failure(errno.EPERM)
 
 

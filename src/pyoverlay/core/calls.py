@@ -54,6 +54,10 @@ class Calls:
         else:
             os.chmod(proc_path(dirfd, b""), mode)
 
+    def let_us_in(self, dirfd: int, name: bytes, mode: int) -> None:
+        """chmod, for this process itself: of the mode on disk, whatever the object shows (`overrides`)."""
+        Calls.chmod(self, dirfd, name, mode)
+
     def chown(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
         if name:
             os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
@@ -118,7 +122,7 @@ def remove_tree(calls: Calls, dirfd: int, name: bytes) -> None:
     try:
         fd = os.open(name, flags, dir_fd=dirfd)
     except PermissionError:  # an ordinary user's own directory may be closed to that user
-        calls.chmod(dirfd, name, 0o700)
+        calls.let_us_in(dirfd, name, 0o700)
         fd = os.open(name, flags, dir_fd=dirfd)
     try:
         with os.scandir(fd) as entries:

@@ -68,7 +68,7 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
     upper.is_dirty = True
     with upper.as_caller(*caller):
         fd = upper.calls.open(b".", os.O_TMPFILE | os.O_RDWR, mode & 0o7777, view.upper_fd(parent))
-    st = os.fstat(fd)
+    st = upper.fstat(fd)
     inode = view.adopt_nameless(st, os.dup(fd))
     view.set_data_fd(inode, fd, is_writable=True)
     return inode, st
@@ -452,7 +452,7 @@ def has_visible_lower(view: View, parent: Directory, name: bytes) -> bool:
 def _adopted(view: View, parent: Directory, name: bytes, fd: int = -1) -> tuple[Inode, os.stat_result]:
     """Take note of what was just made. fd: where it is open."""
     with _taken_back_on_failure(view, parent, name):
-        st = os.fstat(fd) if fd >= 0 else view.upper.stat(view.upper_fd(parent), name)
+        st = view.upper.fstat(fd) if fd >= 0 else view.upper.stat(view.upper_fd(parent), name)
         if st is None:
             raise failure(errno.ESTALE)
     return view.adopt(parent, name, st), st
@@ -490,8 +490,7 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     try:
-        with upper.as_caller(*caller):
-            build(dirfd, name)
+        _build(view, parent, name, caller, build)
     except FileExistsError:
         _require_whiteout(view, parent, name)
         _add_over_whiteout(view, parent, name, caller, build, is_directory=is_directory)
@@ -505,6 +504,21 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
     except OSError:
         return False
     return True
+
+
+def _build(view: View, parent: Directory, name: bytes, caller: Caller, build: Build) -> None:
+    """Build something in its place, in one call; in the work directory, where it takes two. EEXIST."""
+    upper, dirfd = view.upper, view.upper_fd(parent)
+    if upper.override is None:
+        with upper.as_caller(*caller):
+            build(dirfd, name)
+        return
+    if upper.stat(dirfd, name) is not None:
+        raise failure(errno.EEXIST)
+    with _nursery(view, parent) as (nursery, temporary):
+        with upper.as_caller(*caller):
+            build(nursery, temporary)
+        upper.calls.rename(nursery, temporary, dirfd, name)
 
 
 def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool) -> None:
@@ -533,7 +547,7 @@ def _nursery(view: View, parent: Directory) -> Iterator[tuple[int, bytes]]:
     """
     upper = view.upper
     dirfd = view.upper_fd(parent)
-    st = os.stat(dirfd)
+    st = upper.fstat(dirfd)
     acl = upper.getxattr(dirfd, b".", _ACL_DEFAULT)
     temporary = upper.temporary()
     if acl is None and not st.st_mode & stat.S_ISGID:

@@ -176,7 +176,7 @@ def _publish_data(view: View, copy: Copy) -> None:
     upper, inode, st = copy.upper, copy.inode, copy.st
     if copy.capability is not None:
         upper.calls.setxattr(copy.fd, b"", CAPABILITY, copy.capability, 0)
-    if os.fstat(copy.fd).st_mode != st.st_mode:
+    if upper.fstat(copy.fd).st_mode != st.st_mode:
         upper.calls.chmod(copy.fd, b"", stat.S_IMODE(st.st_mode))
     upper.calls.utimens(copy.fd, b"", st.st_atime_ns, None if copy.is_truncation else st.st_mtime_ns)
     upper.calls.removexattr(copy.fd, b"", upper.mark_prefix + marks.METACOPY)
@@ -410,7 +410,7 @@ def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
     for attribute in source.layer.listxattr(source.dirfd, source.name):
         if attribute.startswith(upper.mark_prefix) and marks.unescape_xattr(attribute, upper.mark_prefix) is None:
             continue
-        if source.layer.is_nosuid and attribute == CAPABILITY:
+        if (source.layer.is_nosuid and attribute == CAPABILITY) or attribute == upper.override:
             continue
         value = source.layer.getxattr(source.dirfd, source.name, attribute)
         if value is None:
@@ -446,7 +446,7 @@ def _copy_up_one(view: View, directory: Directory) -> None:
     if parent is None:
         raise failure(errno.ENOENT)  # removed meanwhile
     source = view.lower_place(directory)
-    copy = Copy(upper, directory, source, os.stat(source.dirfd), 0)
+    copy = Copy(upper, directory, source, source.layer.fstat(source.dirfd), 0)
     upper.is_dirty = True
     try:
         upper.calls.mkdir(copy.temporary, 0o700, upper.work_fd)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pyoverlay.core import marks, syscalls
+from pyoverlay.core import marks, overrides, syscalls
 from pyoverlay.core.calls import Calls, proc_path, remove_tree
 from pyoverlay.core.policy import Fsync, Whiteouts
 
@@ -158,6 +158,7 @@ class Layer:
         self.is_nosuid, self.is_nodev = bool(flags & os.ST_NOSUID), bool(flags & os.ST_NODEV)
         self.mark_prefix = mark_prefix
         self.cache = cache
+        self.override: bytes | None = None  # the attribute that has owner and mode, see `overrides`
         self._resolve = _RESOLVE if is_clone else _RESOLVE | syscalls.RESOLVE_NO_XDEV
         self._noatime = os.O_NOATIME
 
@@ -169,13 +170,19 @@ class Layer:
     def stat(self, dirfd: int, name: bytes) -> os.stat_result | None:
         """lstat of a name; None where there is none. A name too long for this file system is not there (ovl_lookup_single)."""
         try:
-            return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return None
             raise
+        return st if self.override is None else overrides.shown(st, self.override, proc_path(dirfd, name), follow_symlinks=False)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        """fstat of a descriptor in this layer."""
+        st = os.fstat(fd)
+        return st if self.override is None else overrides.shown(st, self.override, proc_path(fd, b""), follow_symlinks=True)
 
     def readlink(self, dirfd: int, name: bytes) -> bytes:
         """Target of a symlink; the empty name is the symlink that dirfd was opened on."""
@@ -425,11 +432,11 @@ class Upper(Layer):
         """Inside, the owner may read and write: for a daemon that is this owner and no more. EPERM, EACCES: it is somebody else's."""
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd)
         mode = stat.S_IMODE(st.st_mode)
-        self.calls.chmod(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+        self.calls.let_us_in(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
         try:
             yield
         finally:
-            self.calls.chmod(dirfd, name, mode)
+            self.calls.let_us_in(dirfd, name, mode)
 
     def pin(self, dirfd: int, name: bytes) -> int:
         """O_PATH descriptor: its inode number cannot be given to another file while this is open."""
@@ -444,6 +451,10 @@ class Upper(Layer):
     @contextmanager
     def as_caller(self, uid: int, gid: int, umask: int) -> Iterator[None]:
         """What is made inside belongs to the caller from its first moment, and the caller's umask applies unless a default ACL does."""
+        if isinstance(self.calls, overrides.OverridingCalls):
+            with self.calls.made_for(uid, gid, umask):
+                yield
+            return
         old = os.umask(umask)
         try:
             if (uid, gid) == self._ids:

@@ -41,6 +41,20 @@ class Fsync(Enum):
     VOLATILE = "volatile"  # never
 
 
+class Override(Enum):
+    """`xattr_permissions=`: whether owners and modes of files and directories are kept in an extended attribute, and in which."""
+
+    NONE = "0"
+    PRIVILEGED = "1"
+    CONTAINERS = "2"
+
+    @property
+    def attribute(self) -> bytes | None:
+        """Its name."""
+        names = {Override.PRIVILEGED: b"security.fuseoverlayfs.override_stat", Override.CONTAINERS: b"user.containers.override_stat"}
+        return names.get(self)
+
+
 class IdRange(NamedTuple):
     """`length` ids, from `stored` on in the layers, from `shown` on in the merged view."""
 
@@ -91,6 +105,7 @@ class Policy:
     squash_gid: int | None = None
     uid_map: tuple[IdRange, ...] = ()
     gid_map: tuple[IdRange, ...] = ()
+    override: Override = Override.NONE
 
     def plain(self) -> dict[str, Any]:
         """The choices as JSON can hold them, for `from_plain`."""

@@ -184,7 +184,7 @@ def _empty(view: View, directory: Directory, entry: Entry) -> None:
     if not upper.scan(view.upper_fd(directory)):
         return
     temporary = upper.temporary()
-    old = os.stat(view.upper_fd(directory))
+    old = upper.fstat(view.upper_fd(directory))
     upper.calls.mkdir(temporary, 0o700, upper.work_fd)
     try:
         upper.set_mark(upper.work_fd, temporary, marks.OPAQUE, b"y")  # before the mode, which may forbid it to an ordinary user

@@ -17,6 +17,7 @@ from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.core.index import Index
 from pyoverlay.core.layer import DescriptorCache, Lower, Place, Upper, closed_on_failure, tolerated
+from pyoverlay.core.overrides import OverridingCalls
 from pyoverlay.core.policy import Policy, Uuid, Whiteouts
 from pyoverlay.core.probe import ProbedLower
 from pyoverlay.core.view import View
@@ -47,13 +48,14 @@ def open_view(
     try:
         upper_layer: Upper | None = None
         if upper is not None and work is not None:
-            upper_layer = _open_upper(upper, work, policy, prefix, cache, filesystems, calls or Calls())
+            upper_layer = _open_upper(upper, work, policy, prefix, cache, filesystems, calls or _calls(policy))
             opened.append(upper_layer)
         lower_layers: list[Lower] = []
         for index, path in enumerate((*lowers, *data_layers), start=1):
             root, is_clone = _open_lower(path, policy)
             fs = _filesystem(root, filesystems)
             lower = Lower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
+            lower.override = policy.override.attribute
             lower_layers.append(lower)
             opened.append(lower)
         shown, data = tuple(lower_layers[: len(lowers)]), tuple(lower_layers[len(lowers) :])
@@ -123,12 +125,18 @@ def open_probed(
             root, is_clone = _open_lower(path, policy)
             fs = _filesystem(root, filesystems)
             opened.append(ProbedLower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=whiteouts))
+            opened[-1].override = policy.override.attribute
         shown = len(opened) - len(data_layers)
         return View(tuple(opened[:shown]), None, policy, cache, masked, tuple(opened[shown:]))
     except OSError:
         for layer in opened:
             layer.close()
         raise
+
+
+def _calls(policy: Policy) -> Calls:
+    attribute = policy.override.attribute
+    return Calls() if attribute is None else OverridingCalls(attribute)
 
 
 def _filesystem(fd: int, filesystems: list[int]) -> int:
@@ -184,6 +192,7 @@ def _open_upper(
         fs = _filesystem(upper_fd, filesystems)
         layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync, calls=calls)
         layer.keeps_order = keeps_order(upper_fd)
+        layer.override = policy.override.attribute
         layer.reads_aufs = policy.whiteouts is Whiteouts.AUFS
         layer.squash = (policy.squash_uid, policy.squash_gid)
         return layer
@@ -228,7 +237,7 @@ def _open_inner_work(calls: Calls, work_fd: int, work: bytes) -> int:
             pass
         # What is made in it must inherit nothing from whatever directory the work directory lies in: no group, no ACL. And the kernel
         # leaves it with mode 000.
-        calls.chmod(work_fd, b"work", 0o700)
+        calls.let_us_in(work_fd, b"work", 0o700)
         fd = os.open(b"work", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work_fd)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None

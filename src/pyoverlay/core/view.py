@@ -21,6 +21,7 @@ from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place,
 from pyoverlay.core.merge import Merge
 from pyoverlay.core.metacopy import DataFiles
 from pyoverlay.core.origins import Origins
+from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy, Uuid
 
@@ -292,9 +293,9 @@ class View:
         if inode.in_upper:
             fd = inode.fd if inode.fd >= 0 and inode.metacopy is None else inode.pin
             if fd >= 0:
-                return os.fstat(fd)
+                return self.upper.fstat(fd)
         layer, dirfd, name = self.place(inode)
-        st = layer.stat(dirfd, name) if name else os.fstat(dirfd)
+        st = layer.stat(dirfd, name) if name else layer.fstat(dirfd)
         if st is None:
             raise failure(errno.ESTALE)
         return st
@@ -329,6 +330,8 @@ class View:
         EOPNOTSUPP.
         """
         layer, dirfd, at = self.place(inode)
+        if layer.override is not None and is_private(name):
+            raise failure(errno.ENODATA)
         value = layer.read_xattr(dirfd, at, marks.escape_xattr(name, layer.mark_prefix))
         return self.owners.shown_acl(value) if name in ACLS else value
 
@@ -336,7 +339,7 @@ class View:
         """The names of an object's attributes, all but the marks."""
         layer, dirfd, at = self.place(inode)
         names = (marks.unescape_xattr(name, layer.mark_prefix) for name in layer.listxattr(dirfd, at))
-        return [name for name in names if name is not None]
+        return [name for name in names if name is not None and not (layer.override is not None and is_private(name))]
 
     def has_default_acl(self, directory: Directory) -> bool:
         """Do new entries of a directory inherit an ACL? Asked of the disk once."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, IdRange, Policy, RedirectDir, Uuid, Verity, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, Override, Policy, RedirectDir, Uuid, Verity, Whiteouts
 from pyoverlay.errors import OptionRefused
 
 MAX_LOWERS = 4096
@@ -59,6 +59,7 @@ class Options:
     squash_gid: int | None = None
     uid_map: tuple[IdRange, ...] = ()
     gid_map: tuple[IdRange, ...] = ()
+    override: Override = Override.NONE
     stop_timeout: float = DEFAULT_STOP_TIMEOUT
     given: tuple[str, ...] = ()
 
@@ -121,6 +122,7 @@ def policy(options: Options, *, privileged: bool) -> Policy:
         squash_gid=options.squash_gid,
         uid_map=options.uid_map,
         gid_map=options.gid_map,
+        override=options.override,
     )
 
 
@@ -321,7 +323,7 @@ _VALUES: dict[str, Meaning] = {
     "metacopy": _one_of("metacopy", {"on": True, "off": False}),
     "verity": _one_of("verity", {mode.value: mode for mode in Verity}),
     "nfs_export": _only(("off",), ("on",), "file handles do not outlive the mount"),
-    "xattr_permissions": _only(("0",), ("1", "2"), "owner and mode are kept in the inode, not in an xattr"),
+    "xattr_permissions": _one_of("override", {mode.value: mode for mode in Override}),
     "writeback": _one_of("writeback", {"on": True, "off": False, "1": True, "0": False}),
     "inodes": _only((), (), "the kernel decides how many inodes it remembers"),
 }

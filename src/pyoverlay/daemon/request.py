@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from pyoverlay.core.policy import Fsync, IdRange, RedirectDir, Uuid, Verity, Whiteouts
+from pyoverlay.core.policy import Fsync, IdRange, Override, RedirectDir, Uuid, Verity, Whiteouts
 from pyoverlay.daemon.options import Options
 
 
@@ -65,7 +65,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-_ENUMS = {"redirect_dir": RedirectDir, "fsync": Fsync, "whiteouts": Whiteouts, "verity": Verity, "uuid": Uuid}
+_ENUMS = {
+    "redirect_dir": RedirectDir, "fsync": Fsync, "whiteouts": Whiteouts, "verity": Verity, "uuid": Uuid, "override": Override,
+}  # fmt: skip
 
 
 def _field(name: str, value: Any) -> Any:

@@ -67,6 +67,7 @@ class WiredAnswers(Answers):
             inode.is_writable
             and not (inode.lower_links or inode.kept_name or inode.index_name)
             and self.owners is None
+            and self.view.upper.override is None
             and not self.shows_writeback
         )
         self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
