@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pyoverlay.cli import COMMANDS
 from pyoverlay.testing import Overlay, OverlayFactory
 from pyoverlay.testing.mounts import MARK, command
 
@@ -297,7 +298,7 @@ def test_version_names_what_is_installed() -> None:
     assert re.search(r"^FUSE library version ", result.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [(), ("mount",), ("umount",), ("doctor",), ("completion",)])
+@pytest.mark.parametrize("name", [(), *((name,) for name in COMMANDS)])
 def test_help_is_short_and_has_two_examples(name: tuple[str, ...]) -> None:
     result = pyoverlay(*name, "--help")
     assert result.returncode == 0
@@ -346,6 +347,13 @@ def test_completion_is_a_script_for_the_shell(shell: str) -> None:
 def test_completion_completes_commands() -> None:
     result = pyoverlay(_PYOVERLAY_COMPLETE="bash_complete", COMP_WORDS="pyoverlay um", COMP_CWORD="1")
     assert result.stdout == "plain,umount\n"
+
+
+def test_completion_completes_mount_points(overlay: OverlayFactory, tmp_path: Path) -> None:
+    made = overlay()
+    words = f"pyoverlay inspect {str(made.merged)[:-3]}"
+    result = pyoverlay(_PYOVERLAY_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="2")
+    assert result.stdout.splitlines()[0] == f"plain,{made.merged}"
 
 
 # ── doctor ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from pyoverlay.cli.completing import mount_points
 from pyoverlay.cli.formats import parsed, rendered
 from pyoverlay.errors import PyoverlayError, UsageError
 from pyoverlay.report.inspect import Inspection, as_docker, as_json, inspect
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("merged", nargs=-1, required=True, metavar="MERGED...")
+@click.argument("merged", nargs=-1, required=True, metavar="MERGED...", shell_complete=mount_points)
 @click.option("form", "--format", "-f", metavar="TEMPLATE", help="One line for each by this template, or `json`: the array in one line.")
 @click.option("is_json", "--json", is_flag=True, help="Print one JSON object of pyoverlay's own schema.")
 def command(merged: tuple[str, ...], form: str | None, is_json: bool) -> int:

@@ -62,7 +62,7 @@ class OptionString(click.types.StringParamType):
     help="Work directory, beside UPPER on its file system.  [default: .UPPER-NAME.pyoverlay-work, made if missing]",
 )
 @click.option("--from", "listed", type=click.File(errors="surrogateescape"), metavar="FILE", help="Mount what FILE lists (- is stdin).")
-@click.option("--foreground", "-f", is_flag=True, envvar="PYOVERLAY_FOREGROUND", help="Stay until it is unmounted, and log to stderr.")
+@click.option("--foreground", "-f", is_flag=True, envvar="PYOVERLAY_FOREGROUND", help="Stay until unmounted; log to stderr.")
 @click.option(
     "--wait",
     type=click.FloatRange(0),
@@ -72,14 +72,14 @@ class OptionString(click.types.StringParamType):
     envvar="PYOVERLAY_WAIT",
     help="How long the mount may take to answer.",
 )
-@click.option("--log-file", metavar="FILE", envvar="PYOVERLAY_LOG_FILE", help="Log to FILE.  [default: syslog; stderr with -f]")
+@click.option("--log-file", metavar="FILE", envvar="PYOVERLAY_LOG_FILE", help="Log to FILE.  [default: syslog, or stderr]")
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
     envvar="PYOVERLAY_LOG_FORMAT",
-    help="Lines for people, or a JSON object a line.",
+    help="Text, or JSON a line.",
 )
 @click.option("--verbose", "-v", count=True, envvar="PYOVERLAY_VERBOSE", help="Log more.")
 @click.option("--quiet", "-q", is_flag=True, envvar="PYOVERLAY_QUIET", help="Log errors only.")

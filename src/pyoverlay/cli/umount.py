@@ -6,6 +6,7 @@ import os
 
 import click
 
+from pyoverlay.cli.completing import mount_points
 from pyoverlay.daemon.unmounting import unmount
 from pyoverlay.errors import PyoverlayError
 
@@ -20,7 +21,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("merged", nargs=-1, required=True, metavar="MERGED...")
+@click.argument("merged", nargs=-1, required=True, metavar="MERGED...", shell_complete=mount_points)
 @click.option("--lazy", "-l", is_flag=True, help="Detach it now, whoever uses it; the daemon serves them until they are done.")
 @click.option(
     "--wait",

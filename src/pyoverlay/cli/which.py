@@ -7,6 +7,7 @@ import os
 
 import click
 
+from pyoverlay.cli.completing import mount_points
 from pyoverlay.errors import PyoverlayError, Refusal
 from pyoverlay.report import which
 from pyoverlay.report.which import Origin
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("paths", nargs=-1, required=True, metavar="MERGED/PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="MERGED/PATH...", shell_complete=mount_points)
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object.")
 def command(paths: tuple[str, ...], as_json: bool) -> int:
     """Say which layer each PATH comes from, whether it was copied up, what it hides, and why."""
