@@ -36,10 +36,13 @@ def test_what_a_user_makes_and_changes_is_the_user_s_in_the_view_and_the_daemon_
             os.fchmod(file.fileno(), 0o600)
             assert os.fstat(file.fileno()).st_mode == stat.S_IFREG | 0o600
         with open("new", "w") as file:
-            file.write("x")
+            os.fchmod(file.fileno(), 0o4751)
             assert os.fstat(file.fileno()).st_uid == NOBODY
+            assert os.fstat(file.fileno()).st_mode == stat.S_IFREG | 0o4751
+            file.write("x")
+            file.flush()  # takes set-user-id away, though no mode on disk has it
+            assert os.fstat(file.fileno()).st_mode == stat.S_IFREG | 0o751
             os.fchmod(file.fileno(), 0o4750)
-            assert os.fstat(file.fileno()).st_mode == stat.S_IFREG | 0o4750
         os.mkdir("directory", 0o750)
         os.rename("new", "directory/new")
         os.link("f", "g")

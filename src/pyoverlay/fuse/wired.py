@@ -70,7 +70,9 @@ class WiredAnswers(Answers):
             and self.view.upper.override is None
             and not self.shows_writeback
         )
-        self._wire.lane(inode.ino, inode.fd, inode.fd if inode.is_writable else -1, owns_attributes)
+        # Whether a write takes set-user-id away is not for the mode on disk to say, where another is shown.
+        may_write = inode.is_writable and self.view.upper.override is None
+        self._wire.lane(inode.ino, inode.fd, inode.fd if may_write else -1, owns_attributes)
 
     def _unregister(self, held: Held) -> None:
         if isinstance(held, Inode) and held.is_regular:
