@@ -204,4 +204,16 @@ DURABLE = {
 }
 
 RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not (case.is_redirect or case.metacopy or case.index)}
-ALL = CASES | DURABLE
+
+
+def without_devices(merged: Merged) -> None:
+    """As where the file system refuses the device 0/0: a whiteout is then a marked file."""
+    merged.view.upper.takes_devices = False
+
+
+WITHOUT_DEVICES = {
+    f"{name}_without_devices": replace(case, prepare=steps(without_devices, case.prepare))
+    for name, case in CASES.items()
+    if name.startswith(("unlink", "rmdir", "create_over", "mkdir_over", "rename")) and not (case.metacopy or case.index)
+}
+ALL = CASES | DURABLE | WITHOUT_DEVICES

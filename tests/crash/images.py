@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 _MAKE = {"ext4": (64 << 20, ["mkfs.ext4", "-q", "-F"]), "xfs": (320 << 20, ["mkfs.xfs", "-q", "-f"])}
 # ext4 would by itself write out a file that replaces another by rename: what is proved here must not rest on that.
 _OPTIONS = {"ext4": "loop,noauto_da_alloc", "xfs": "loop"}
+_MEMORY = Path("/dev/shm")
 _CHECK = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}
 
 
@@ -50,15 +53,26 @@ class Image:
 
 @contextmanager
 def mounted_image(kind: str, directory: Path, size: int | None = None) -> Iterator[Image]:
-    """A new file system of that kind, mounted in a directory of its own below this one."""
-    image = Image(kind, directory / f"{kind}.image", directory / kind)
-    image.point.mkdir()
-    image.make(size)
-    image.mount()
-    try:
-        yield image
-    finally:
-        image.umount()
+    """A new file system of that kind, mounted in a directory of its own below this one.
+
+    The file lies in memory where there is room for it: every sync of these tests would else wait for what others write to the disk.
+    """
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _has_room(size) else directory) as place:
+        image = Image(kind, Path(place) / f"{kind}.image", directory / kind)
+        image.point.mkdir()
+        image.make(size)
+        image.mount()
+        try:
+            yield image
+        finally:
+            image.umount()
+
+
+def _has_room(size: int | None) -> bool:
+    if not _MEMORY.is_dir():
+        return False
+    room = os.statvfs(_MEMORY)
+    return room.f_bavail * room.f_frsize > 2 * (size or 512 << 20)
 
 
 def _run(*command: str) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from pyoverlay.testing import Directory, Symlink, Tree, Whiteout, make_tree
-from tests.crash.cases import RUNNABLE
+from tests.crash.cases import RUNNABLE, WITHOUT_DEVICES
+from tests.crash.images import mounted_image
 from tests.crash.judges import Bed, difference
 from tests.crash.victim import MOUNT, Victims
 from tests.unit.merged import Faulty
 
 
 @pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    return Bed(tmp_path_factory.mktemp("bed"))
+def bed(own_mounts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    """On a file system of its own: the kernel's overlay syncs the upper's when it is unmounted, and there are many to wait for."""
+    with mounted_image("ext4", tmp_path_factory.mktemp("kill")) as image:
+        yield Bed(image.point)
 
 
 @pytest.mark.root
@@ -30,6 +35,23 @@ def test_killed_at_any_call_the_tree_is_the_old_or_the_new_one(victims: Victims,
             assert seen in (old, new), f"killed before call {at} of {calls}, {judge.__name__}: {difference(seen, old, new)}"
         if at == len(calls) + 1:
             assert bed.by_us() == new, "what was answered is there"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", WITHOUT_DEVICES)
+def test_killed_where_whiteouts_are_marked_files(victims: Victims, bed: Bed, name: str) -> None:
+    """No system call leaves a marked file behind, so a rename is two steps. In between both names show something, and nothing is lost."""
+    old, new, calls = bed.old_and_new(name)
+    kept = {entry.digest for entry in old.values()} & {entry.digest for entry in new.values()}
+    for at in range(1, len(calls) + 2):
+        bed.renew()
+        victims.die(bed.base, name, at, lowers=bed.lowers)
+        seen = bed.by_us()
+        if name.startswith("rename"):
+            assert kept <= {entry.digest for entry in seen.values()}
+        else:
+            assert seen in (old, new), f"killed before call {at} of {calls}: {difference(seen, old, new)}"
+    assert bed.by_us() == new
 
 
 LITTER: Tree = {"#1": "half", "#2": Directory({"closed": Directory({"in": "it"}, mode=0), "link": Symlink("../..")}), "#3": Whiteout()}
