@@ -456,7 +456,7 @@ def test_the_mount_program_only_pretends_when_told_to_fake(unmounted: Overlay) -
         ("-x {merged}", 1, "unknown option -x"),
         ("--nonsense {merged}", 1, "unknown option --nonsense"),
         ("-o {options},nonsense {merged}", 1, "-o nonsense: unknown option"),
-        ("-o {options},index=on {merged}", 1, "-o index=on: not implemented"),
+        ("-o {options},nfs_export=on {merged}", 1, "-o nfs_export=on: not implemented"),
         ("-o lowerdir=/nonexistent {merged}", 32, "/nonexistent: the lower does not exist"),
         ("-o {options} /nonexistent", 32, "/nonexistent: the mount point does not exist"),
     ],

@@ -13,6 +13,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -140,9 +141,12 @@ class WiredOperations(Operations):
         }
 
     def requests(self) -> dict[str, int]:
-        """Every request that was received, by the kernel's name of it, with those that the extension answered by itself."""
+        """Every request that was received, also those that the extension answered by itself."""
         counts, _ = self._wire.counts()
-        return {opcodes.REQUESTS.get(opcode, f"opcode {opcode}"): count for opcode, count in counts.items() if count}
+        found: Counter[str] = Counter()
+        for opcode, count in counts.items():
+            found[opcodes.REQUESTS.get(opcode, f"opcode {opcode}")] += count
+        return {name: count for name, count in found.items() if count}
 
     # -- interrupted copy-ups
 

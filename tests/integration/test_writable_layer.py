@@ -1,0 +1,56 @@
+"""docs/writable-layer.md: every command on that page prints what the page says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from pyoverlay.testing import mounts_below
+
+pytestmark = pytest.mark.root
+
+PAGE = Path(__file__).parents[2] / "docs" / "writable-layer.md"
+DEMO = "/srv/demo"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory in the place of the page's, with a path short enough for a table."""
+    with TemporaryDirectory(prefix="pyo-", dir="/var/tmp") as name:
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        monkeypatch.setenv("PYOVERLAY_RUNTIME_DIR", f"{name}/.run")
+        yield Path(name)
+        for mount in mounts_below(Path(name)):
+            subprocess.run(["umount", "-l", mount.mount_point], check=True)
+
+
+def steps() -> list[tuple[str, str]]:
+    """Each command of the page, and what it prints."""
+    found: list[tuple[str, str]] = []
+    for block in re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+        for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            found.append((command, output))
+    return found
+
+
+def comparable(text: str) -> str:
+    """Without what is another one each time: ids, pids, ages, digests, and the columns that follow from the length of a path."""
+    text = re.sub(r"\b[0-9a-f]{12}\b", "ID", text)
+    text = re.sub(r"\b\d+ +Up [\w ]+?(?=  +)", "PID UP", text)
+    text = re.sub(r"sha256:[0-9a-f]{64}", "DIGEST", text)
+    return re.sub(r" {2,}", "  ", text)
+
+
+def test_the_page_says_what_the_commands_print(demo: Path) -> None:
+    assert len(steps()) > 30
+    for command, output in steps():
+        argv = ["sh", "-c", f"exec 2>&1; {command.replace(DEMO, str(demo))}"]
+        result = subprocess.run(argv, check=False, cwd=demo, stdout=subprocess.PIPE, text=True, timeout=30)
+        assert comparable(result.stdout.replace(str(demo), DEMO)) == comparable(output), command
