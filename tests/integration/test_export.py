@@ -319,3 +319,12 @@ def test_of_a_lowers_hard_links_those_are_exported_that_are_in_the_upper(overlay
         found = {member.name: (member.type, member.size, member.linkname) for member in tar.getmembers()}
     alone = {"h1": (tarfile.REGTYPE, 18, "")}
     assert found == (alone | {"h2": (tarfile.LNKTYPE, 0, "h1")} if is_looked_up else alone)
+
+
+def test_an_upper_whose_whiteouts_are_files_is_exported_the_same(overlay: OverlayFactory) -> None:
+    """As fuse-overlayfs wrote them; `-o whiteouts=aufs` says that they are what they look like."""
+    upper: Tree = {".wh.f": File(mode=0), "d": {".wh..wh..opq": File(mode=0o600), "new": "5"}}
+    mounted = overlay({"f": "1", "d": {"old": "2"}, "e": {"gone": "3", "kept": "4"}}, upper=upper, options=["-o", "whiteouts=aufs"])
+    (mounted.merged / "e/gone").unlink()
+    assert sorted(snapshot(mounted.merged)) == [b".", b"d", b"d/new", b"e", b"e/kept"]
+    assert names(export(mounted.merged).stdout) == ["d/", "d/.wh..wh..opq", "d/new", "e/", "e/.wh.gone", ".wh.f"]

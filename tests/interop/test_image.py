@@ -125,6 +125,22 @@ def test_podman_takes_what_was_committed_and_runs_it(podman: Podman, committed: 
     podman.podman("rmi", image)
 
 
+@pytest.mark.parametrize("form", ["docker-archive", "oci-archive", "oci-dir"])
+def test_what_podman_saved_is_imported_and_runs_on(root_podman: Podman, tmp_path: Path, form: str) -> None:
+    podman = root_podman.podman
+    podman("run", "--name", "box", "--network=none", IMAGE, "sh", "-c", CHANGE)
+    podman("commit", "-q", "box", "saved")
+    podman("save", "-q", "--format", form, "-o", tmp_path / "saved", "saved")
+    podman("rm", "box")
+    with mounted(pyoverlay("import", tmp_path / "saved", tmp_path / "store"), tmp_path / "mount") as overlay:
+        assert run("chroot", overlay.merged, "sh", "-c", CHECK) == CHECKED
+        (overlay.merged / "more").write_text("more")
+        pyoverlay("commit", overlay.merged, tmp_path / "app")
+    name = podman("load", "-q", "-i", archived(tmp_path / "app")).split()[-1]
+    assert podman("run", "--rm", "--network=none", name, "cat", "/new", "/more") == "new\nmore"
+    podman("rmi", name, "saved")
+
+
 # ── what an engine saved ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # What Docker puts into every container, and into no image.
