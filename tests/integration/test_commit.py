@@ -289,3 +289,20 @@ def test_what_is_not_mounted_has_no_base(changed: Overlay, tmp_path: Path) -> No
     refused = commit(tmp_path, tmp_path / "out", check=False)
     assert refused.returncode == 1
     assert "not mounted: its base is not known; mount it, or use `pyoverlay export` for the change alone" in refused.stderr
+
+
+def test_metacopy_files_have_their_data_from_data_only_layers(tmp_path: Path) -> None:
+    """As composefs lays a tree out: names and attributes in one lower, data in another, which is no layer of the image."""
+    pointer = {"trusted.overlay.metacopy": b"", "trusted.overlay.redirect": b"/ab/object"}
+    make_tree(tmp_path, {"data": {"ab": {"object": "the data"}}, "upper": {}, "merged": {}})
+    make_tree(tmp_path, {"lower": {"f": File(size=8, mode=0o640, xattrs=pointer), "g": "plain"}})
+    layers = f"lowerdir={tmp_path}/lower::{tmp_path}/data,upperdir={tmp_path}/upper"
+    subprocess.run(command("mount", "-o", layers, "-o", "metacopy=on", tmp_path / "merged"), check=True)
+    try:
+        (tmp_path / "merged/f").chmod(0o600)
+        commit(tmp_path / "merged", tmp_path / "out")
+        expected = comparable(tmp_path / "merged")
+    finally:
+        subprocess.run(command("umount", tmp_path / "merged"), check=True)
+    assert [names(layer) for layer in Read(tmp_path / "out").layers] == [["f", "g"], ["f"]]
+    assert seen_again(tmp_path / "out", tmp_path / "again") == expected

@@ -127,7 +127,7 @@ def _layer(target: Target, lower: bytes) -> Kept | Made:
     policy = target.policy
     if policy.whiteouts is Whiteouts.AUTO:  # in a lower `.wh.NAME` is a whiteout
         policy = replace(policy, whiteouts=Whiteouts.AUFS)
-    return _made(Target(lower, lower, below, policy))
+    return _made(Target(lower, lower, below, policy, data_lowers=target.data_lowers, is_lowest=not below))
 
 
 def _made(target: Target) -> Made:

@@ -24,7 +24,7 @@ class Target:
     """An upper and what is known of what lies below it.
 
     given: as the caller spelled it. lowers: top first; empty where they are not known. work, merged: the work directory and the mount
-    point of a live mount; None of a bare upper.
+    point of a live mount; None of a bare upper. is_lowest: nothing lies below it, and that is known.
     """
 
     given: bytes
@@ -34,10 +34,11 @@ class Target:
     work: bytes | None = None
     merged: bytes | None = None
     data_lowers: tuple[bytes, ...] = ()
+    is_lowest: bool = False
 
     @property
     def knows_lowers(self) -> bool:
-        return bool(self.lowers)
+        return bool(self.lowers) or self.is_lowest
 
     def sync(self) -> None:
         """What programs wrote to the mount and the kernel still holds reaches the upper, where this user may ask for it."""
