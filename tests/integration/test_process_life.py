@@ -443,6 +443,24 @@ def test_the_seam_that_forbids_paths_does_forbid_them(overlay: OverlayFactory) -
     assert (result.returncode, result.stdout) == (99, "relative\n")
 
 
+@pytest.mark.root
+def test_lowers_whose_paths_are_gone_are_read_on(overlay: OverlayFactory, tmp_path: Path) -> None:
+    """podman mounts a container's lowers, idmapped, for as long as its mount_program runs, and no longer."""
+    mounted = overlay({}, {"top": "of the lower", "d": {"file": "below"}}, mount=False)
+    bound = tmp_path / "bound"
+    bound.mkdir()
+    subprocess.run(["mount", "--bind", mounted.lowers[1], bound], check=True)
+    mounted.lowers = (mounted.lowers[0], bound)
+    try:
+        mounted.mount()
+    finally:
+        subprocess.run(["umount", bound], check=True)
+    bound.rmdir()
+    assert (mounted.merged / "d/file").read_text() == "below"
+    (mounted.merged / "top").write_text("changed")
+    assert sorted(os.listdir(mounted.merged)) == ["d", "top"]
+
+
 def test_a_mount_over_its_own_lower(overlay: OverlayFactory) -> None:
     made = overlay({"file": "of the lower\n"}, mount=False)
     itself = Overlay(made.lowers, made.upper, made.lower, environment=os.environ | NO_PATHS, mark=made.mark)
@@ -538,6 +556,18 @@ def test_an_ordinary_user_changes_files_of_root_where_all_is_squashed_to_that_us
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[:2] == ["roots", "users"]
     assert result.stdout.splitlines()[2].endswith(" 600")
+
+
+@pytest.mark.root
+def test_an_ordinary_user_mounts_many_at_once(home: Path) -> None:
+    (home / "lower/file").write_text("of the lower\n")
+    result = as_user(
+        home,
+        "mkdir u1 u2 m1 m2; printf 'lower u1 m1\nlower u2 m2\n' | $po mount --from -; cat m1/file m2/file; echo new > m1/new; ls m2;"
+        " ls run/pyoverlay/*.json | wc -l; $po umount m1 m2; ls u1 u2; grep -c $PWD /proc/mounts || true",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == ["of the lower", "of the lower", "file", "2", "u1:", "new", "", "u2:", "0"]
 
 
 @pytest.mark.root

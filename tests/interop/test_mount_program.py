@@ -118,7 +118,8 @@ def test_the_daemon_holds_nothing_that_podman_was_given(noted: Noted) -> None:
 
 
 def test_a_daemon_that_was_killed_is_replaced(noted: Noted) -> None:
-    noted.podman.podman("run", "-d", "--name", "c", IMAGE, "sh", "-c", "echo kept > /kept; exec sleep 1000")
+    noted.podman.podman("run", "-d", "--name", "c", IMAGE, "sleep", "1000")
+    noted.podman.podman("exec", "c", "sh", "-c", "echo kept > /kept")
     (daemon,) = [record for record in registry.live() if record.merged.startswith(os.fsencode(noted.podman.store))]
     os.kill(daemon.pid, signal.SIGKILL)
     assert wait_for_end([daemon.pid], 10) == []

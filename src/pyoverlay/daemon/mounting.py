@@ -47,8 +47,8 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
     if os.geteuid() == 0:
         syscalls.keep_capabilities_over_setfsuid()
     rules = policy(request.options, privileged=privileged)
-    with ExitStack() as held, ExitStack() as undo:
-        layers = refusals.examine(request.options, request.merged, held, undo, userxattr=rules.userxattr)
+    with ExitStack() as held, ExitStack() as undo, ExitStack() as looked:
+        layers = refusals.examine(request.options, request.merged, held, looked, undo, userxattr=rules.userxattr)
         view = _open(layers, rules)
         held.callback(view.close)
         if rules.fsync is Fsync.VOLATILE and layers.work is not None:
@@ -76,8 +76,10 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             announce()
             forbid_paths()
 
+        options = mount_options(request.options, layers.lowers, privileged=os.geteuid() == 0)
+        looked.close()
         session.run(
-            mount_options(request.options, layers.lowers, privileged=os.geteuid() == 0),
+            options,
             on_answer,
             on_mount=lambda: privileges.drop(writes=layers.upper is not None),
             stop_at=_stop_signals(request),

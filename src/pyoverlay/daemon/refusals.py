@@ -34,7 +34,7 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The directories of one mount, checked and locked. Their descriptors belong to the stack `held` that `examine` was given."""
+    """The directories of one mount, checked and locked. Their descriptors belong to the stacks that `examine` was given."""
 
     lowers: tuple[Directory, ...]
     upper: Directory | None
@@ -43,18 +43,19 @@ class Layers:
     data_lowers: tuple[Directory, ...] = ()
 
 
-def examine(options: Options, merged: bytes, held: ExitStack, undo: ExitStack, *, userxattr: bool) -> Layers:
+def examine(options: Options, merged: bytes, held: ExitStack, looked: ExitStack, undo: ExitStack, *, userxattr: bool) -> Layers:
     """Check a request from top to bottom and lock its upper and work directory.
 
-    held: gets the descriptors and with them the locks, for as long as the mount lives. undo: gets what must be taken back if the mount
-    is not made after all, such as a work directory made here. Raises Refusal, or OptionRefused where layers are missing.
+    held: gets the upper's and the work directory's descriptors and with them the locks, for as long as the mount lives. looked: gets the
+    others, which nobody needs once it is mounted, and which would keep the lowers' own mounts busy. undo: gets what must be taken back if
+    the mount is not made after all, such as a work directory made here. Raises Refusal, or OptionRefused where layers are missing.
     """
     if not options.lowers:
         raise OptionRefused("lowerdir", "missing: name at least one lower directory")
     among = mountinfo.mounts()
-    target = _mount_point(merged, held, among)
-    lowers = tuple(_directory(path, "lower", held, among) for path in options.lowers)
-    data_lowers = tuple(_directory(path, "data-only layer", held, among) for path in options.data_lowers)
+    target = _mount_point(merged, looked, among)
+    lowers = tuple(_directory(path, "lower", looked, among) for path in options.lowers)
+    data_lowers = tuple(_directory(path, "data-only layer", looked, among) for path in options.data_lowers)
     if options.upper is None:
         return Layers(lowers, None, None, target, data_lowers)
     upper = _directory(options.upper, "upper", held, among)
