@@ -180,6 +180,7 @@ def meaning(string: str) -> dict[str, object]:
         ("xattr_permissions=1", {"override": Override.PRIVILEGED}),
         ("xattr_permissions=2", {"override": Override.CONTAINERS}),
         ("stop_timeout=2.5", {"stop_timeout": 2.5}),
+        ("inodes=5000", {"inodes": 5000}),
     ],
 )
 def test_an_option_does_what_it_says(string: str, fields: dict[str, object]) -> None:
@@ -232,6 +233,7 @@ def test_an_unknown_option_is_refused_by_name(option: str) -> None:
 @pytest.mark.parametrize(
     "option",
     ["redirect_dir=maybe", "fsync=2", "whiteouts=", "squash_to_uid=-1", "squash_to_uid=4294967295", "squash_to_gid=0x1",
+     "inodes=10", "inodes=many",
      "stop_timeout=soon", "stop_timeout=-1", "xattr_permissions=3", "xino=perhaps", "uidmapping=0:1", "gidmapping=a:b:c", "gidmapping=",
      "gidmapping=:", "subtype=a b"],
 )  # fmt: skip

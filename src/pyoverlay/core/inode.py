@@ -20,7 +20,7 @@ import logging
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pyoverlay.core.layer import Held, LowerDir
@@ -254,6 +254,11 @@ class InodeTable:
         log.info("inode number %d of file system %d is held by another object: a reserved one is given", real_ino, fs)
         self._next_reserved += 1
         return self._next_reserved
+
+    def renew(self, inodes: Iterable[Inode]) -> None:
+        """Put these last in the order of `by_ino`, which is that of their coming."""
+        for inode in inodes:
+            self.by_ino[inode.ino] = self.by_ino.pop(inode.ino)
 
     def find(self, key: Key) -> Inode | None:
         return self._by_key.get(key)

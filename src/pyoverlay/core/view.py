@@ -60,6 +60,8 @@ class View:
         self.pin_limit = cache.limit // 2
         self.table = InodeTable()
         self.after_open: Callable[[Inode], None] | None = None  # told of each data descriptor that appears or starts to write
+        self.inode_limit = 0
+        self.when_crowded: Callable[[], None] | None = None  # told between operations, while there are more inodes than that
         self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
         self._upper = upper
         self._reported: set[bytes] = set()
@@ -110,6 +112,8 @@ class View:
         """Close what the descriptor limit does not allow. Between operations only."""
         if len(self.cache) > self.cache.limit:
             self.cache.trim()
+        if self.when_crowded is not None and len(self.table) > self.inode_limit:
+            self.when_crowded()
 
     # -- identity
 

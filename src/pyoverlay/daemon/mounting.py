@@ -57,7 +57,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         held.callback(point.close)
         entry = _Entry(layers, request.options, rules, point)
         held.callback(entry.close)
-        operations = operations_for(view, wire, writeback=request.options.writeback)
+        operations = operations_for(view, wire, writeback=request.options.writeback, inodes=request.options.inodes)
         proc = open_proc()
         held.callback(os.close, proc)
         session = Session(

@@ -20,6 +20,7 @@ from pyoverlay.errors import OptionRefused
 
 MAX_LOWERS = 4096
 DEFAULT_STOP_TIMEOUT = 90.0
+DEFAULT_INODES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Options:
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
     writeback: bool = False
+    inodes: int = DEFAULT_INODES
     squash_uid: int | None = None
     squash_gid: int | None = None
     uid_map: tuple[IdRange, ...] = ()
@@ -300,6 +302,12 @@ def _subtype(name: str, value: str) -> dict[str, Any]:
     return {"subtype": value}
 
 
+def _inodes(name: str, value: str) -> dict[str, Any]:
+    if not value.isdecimal() or not 1000 <= int(value) < 1 << 32:
+        raise OptionRefused(f"{name}={value}", "wants a number of at least 1000")
+    return {"inodes": int(value)}
+
+
 _FSYNC = {"ordered": Fsync.ORDERED, "strict": Fsync.STRICT, "volatile": Fsync.VOLATILE, "0": Fsync.VOLATILE, "1": Fsync.ORDERED}
 
 _VALUES: dict[str, Meaning] = {
@@ -325,7 +333,7 @@ _VALUES: dict[str, Meaning] = {
     "nfs_export": _only(("off",), ("on",), "file handles do not outlive the mount"),
     "xattr_permissions": _one_of("override", {mode.value: mode for mode in Override}),
     "writeback": _one_of("writeback", {"on": True, "off": False, "1": True, "0": False}),
-    "inodes": _only((), (), "the kernel decides how many inodes it remembers"),
+    "inodes": _inodes,
 }
 
 _NOT_YET = {

@@ -26,6 +26,7 @@ from pyoverlay.core.view import View, failure
 from pyoverlay.fuse import direct, opcodes
 from pyoverlay.fuse.answers import INLINE_COPY, Answers, Shown
 from pyoverlay.fuse.binding import Wire, pyfuse3
+from pyoverlay.fuse.ceiling import Ceiling
 from pyoverlay.fuse.operations import Operations
 
 _WRITE_FLAGS = struct.Struct("<20xI")  # struct fuse_write_in
@@ -311,12 +312,16 @@ class WiredOperations(Operations):
             self._wire.hold(-1)
 
 
-def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) -> Operations:
+def operations_for(view: View, wire: Wire | None, *, writeback: bool = False, inodes: int | None = None) -> Operations:
     """The handlers for a mount with or without the extension.
+
+    inodes: past so many the kernel is asked to forget, where the extension can ask.
 
     writeback: small writes gather in the page cache, which then decides about size and mtime, and a write that fails is heard of at
     fsync or close at the earliest.
     """
     operations = Operations(view) if wire is None else WiredOperations(view, wire)
+    if wire is not None and inodes is not None:
+        Ceiling(view, wire, inodes)
     operations.enable_writeback_cache = operations.answers.shows_writeback = writeback
     return operations
