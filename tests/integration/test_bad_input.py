@@ -455,7 +455,12 @@ def test_a_root_without_privilege(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("option", "reason"),
-    [("nonsense", "unknown option"), ("n=1", "unknown option"), ("redirect_dir=maybe", "no such value"), ("index=on", "not implemented")],
+    [
+        ("nonsense", "unknown option"),
+        ("n=1", "unknown option"),
+        ("redirect_dir=maybe", "no such value"),
+        ("nfs_export=on", "not implemented"),
+    ],
 )
 def test_an_option_that_is_not_there(place: Place, option: str, reason: str) -> None:
     line = refused(place, "-o", option, place.lower, place.upper, place.merged, code=None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pyoverlay.testing import Directory, OverlayFactory, Symlink, Tree, Whiteout, snapshot
-from tests.integration.looks import REDIRECT, WHITEOUT, Here, Opaque, layers, mark, shape
+from tests.integration.looks import REDIRECT, WHITEOUT, Here, Opaque, layers, litter, mark, shape
 from tests.posix.check import fails, opened
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.posix.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
@@ -250,3 +251,63 @@ def test_without_redirects_a_lower_directory_stays_and_mv_copies(overlay: Overla
     os.mkdir(made.merged / "own")
     os.rename(made.merged / "own", made.merged / "own2")
     assert sorted(shape(made.merged)) == ["e", "own2"]
+
+
+def test_with_user_marks_a_lower_directory_moves_by_being_copied_up(overlay: OverlayFactory) -> None:
+    made = overlay({"d": {**TREE, "big": b"x" * (1 << 20)}}, {"d": {"below": "below"}}, options=["-o", "userxattr"])
+    numbers = {path: os.lstat(made.merged / "d" / path).st_ino for path in ("", "f", "deep", "deep/g", "below", "big")}
+    with (made.merged / "d" / "f").open() as before:
+        os.rename(made.merged / "d", made.merged / "e")
+        (made.merged / "e" / "f").write_text("changed")
+        assert before.read() == "changed"
+    expected = {"f": b"changed", "deep": {"g": b"deeper", "s": "-> g"}, "below": b"below", "big": b"x" * (1 << 20)}
+    assert {path: os.lstat(made.merged / "e" / path).st_ino for path in numbers} == numbers
+    assert shape(made.merged) == {"e": expected}
+    made.remount()
+    assert shape(made.merged) == {"e": expected}
+    assert litter(made) == []
+    made.umount()
+    kernel = KernelOverlay(made.lowers, made.writable, made.merged, ("userxattr",))
+    kernel.mount()
+    try:
+        assert shape(made.merged) == {"e": expected}
+    finally:
+        kernel.umount()
+
+
+def test_past_its_limit_it_stays_and_mv_copies(overlay: OverlayFactory) -> None:
+    made = overlay({"d": {"big": b"x" * (1 << 20)}}, options=["-o", "userxattr,rename_copy_limit=512K"])
+    with fails(errno.EXDEV):
+        os.rename(made.merged / "d", made.merged / "e")
+    assert os.listdir(made.writable) == []
+    subprocess.run(["mv", made.merged / "d", made.merged / "e"], check=True)
+    assert shape(made.merged) == {"e": {"big": b"x" * (1 << 20)}}
+
+
+def test_while_a_tree_is_copied_up_for_a_rename_others_are_served(overlay: OverlayFactory) -> None:
+    """Each of many files takes its turn with what others ask, which goes into the tree and out of it."""
+    tree: Tree = {f"f{number}": "content" for number in range(100)}
+    made = overlay({"d": {"a": tree, "b": tree}}, options=["-o", "userxattr"])
+    done = threading.Event()
+
+    def move() -> None:
+        os.rename(made.merged / "d", made.merged / "e")
+        done.set()
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    made_up = 0
+    while not done.is_set():
+        try:
+            (made.merged / "d" / "a" / f"new{made_up}").write_text("new")
+            (made.merged / "d" / "b" / f"f{made_up}").unlink()
+        except FileNotFoundError:
+            break  # it has moved
+        made_up += 1
+    mover.join()
+    names = set(os.listdir(made.merged / "e" / "a"))
+    made.remount()
+    assert set(os.listdir(made.merged / "e" / "a")) == names >= {f"f{number}" for number in range(100)}
+    assert {f"new{number}" for number in range(made_up)} <= names
+    assert not {f"f{number}" for number in range(made_up)} & set(os.listdir(made.merged / "e" / "b"))
+    assert litter(made) == []

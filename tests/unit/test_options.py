@@ -97,6 +97,16 @@ def test_metacopy_files_and_user_marks_contradict_each_other(option: str) -> Non
     assert "contradicts userxattr" in refusal(f"lowerdir=/a,userxattr,{option}")
 
 
+@pytest.mark.parametrize(("value", "size"), [("0", 0), ("4096", 4096), ("3K", 3 << 10), ("5m", 5 << 20), ("2G", 2 << 30)])
+def test_a_limit_is_a_number_of_bytes(value: str, size: int) -> None:
+    assert policy(parse([f"lowerdir=/a,rename_copy_limit={value}"]), privileged=False).rename_copy_limit == size
+
+
+@pytest.mark.parametrize("value", ["", "1T", "-1", "1.5G", "G"])
+def test_any_other_limit_is_refused(value: str) -> None:
+    assert "wants a number of bytes" in refusal(f"lowerdir=/a,rename_copy_limit={value}")
+
+
 def test_an_index_is_roots() -> None:
     options = parse(["lowerdir=/a,index=on,uuid=auto"])
     assert policy(options, privileged=True).index

@@ -88,15 +88,13 @@ def expected_errno(source: str, target: str, flags: int) -> int:
     if target in NOTHING:
         if flags & RENAME_EXCHANGE:
             return errno.ENOENT
-        return 0 if IS_ROOT or source not in HAVE_LOWERS else errno.EXDEV
+        return 0
     if flags & RENAME_NOREPLACE:
         return errno.EEXIST
     if flags & RENAME_EXCHANGE:
-        return 0 if IS_ROOT or not {source, target} & {*HAVE_LOWERS} else errno.EXDEV
+        return 0
     if (source in FILES) != (target in FILES):
         return errno.EISDIR if source in FILES else errno.ENOTDIR
-    if not IS_ROOT and source in HAVE_LOWERS:
-        return errno.EXDEV
     return errno.ENOTEMPTY if target in FULL_DIRECTORIES else 0
 
 

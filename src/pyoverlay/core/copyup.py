@@ -60,6 +60,14 @@ class Copy:
         return self.size < self.st.st_size
 
 
+    def park(self) -> None:
+        """Close the descriptors of one that is filled and has to wait: there may be thousands."""
+        for fd in (self.fd, self.source_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.source_fd = -1
+
+
 def is_done(view: View, inode: Inode, *, attributes_only: bool) -> bool:
     """Is as much in the upper as a change needs: of one that leaves the data alone, the attributes?"""
     return inode.in_upper and (attributes_only or view.has_upper_data(inode))
@@ -185,8 +193,10 @@ def _publish_data(view: View, copy: Copy) -> None:
     view.set_data_fd(inode, copy.fd, is_writable=True)
 
 
-def fill(copy: Copy) -> None:
-    """Copy the data, holes as holes, and have it on disk. Raises what reading and writing raise; EINTR when cancelled."""
+def fill(copy: Copy, is_ordered: bool = True) -> None:
+    """Copy the data, holes as holes, and have it on disk, unless the caller sees to that. Raises what reading and writing raise; EINTR
+    when cancelled.
+    """
     if copy.fd < 0:
         return
     if copy.metacopy is not None:
@@ -195,7 +205,8 @@ def fill(copy: Copy) -> None:
         _copy_extents(copy)
     if copy.size or copy.completes:
         copy.upper.calls.ftruncate(copy.fd, copy.size)
-    _order(copy)
+    if is_ordered:
+        _order(copy)
 
 
 def _clone(copy: Copy) -> bool:
@@ -268,6 +279,8 @@ def publish(view: View, copy: Copy) -> None:
         _publish_data(view, copy)
         return
     inode, upper = copy.inode, copy.upper
+    if copy.fd < 0 <= inode.fd:
+        copy.fd = upper.open_write(upper.work_fd, copy.temporary)  # it was parked, and somebody reads the lower's
     copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
     origin = view.origins.of(copy.source) if inode.parent is not None else None
     copy_attributes(upper, copy.source, copy.st, copy.temporary, origin, keeps_mtime=not copy.is_truncation)
@@ -349,12 +362,13 @@ def _name(view: View, copy: Copy, names: list[tuple[Directory, bytes]]) -> None:
 @contextmanager
 def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
     """A directory does not change because something in it was copied up: its times are put back, if they can be: what was copied up
-    is there by then.
+    is there by then. And its mode does not matter, which may forbid an ordinary user to put anything there.
     """
     before = os.stat(dirfd)
-    yield dirfd
-    with tolerated("a directory keeps the time of a copy-up in it"):
-        upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+    with upper.as_writable(dirfd):
+        yield dirfd
+        with tolerated("a directory keeps the time of a copy-up in it"):
+            upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
 
 
 def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
@@ -426,7 +440,9 @@ def mark_impure(view: View, directory: Directory) -> None:
     """Say on a directory of the upper that inode numbers in it are to be looked up by origin."""
     if directory.is_impure:
         return
-    view.upper.set_mark(view.upper_fd(directory), b".", marks.IMPURE, b"y")
+    dirfd = view.upper_fd(directory)
+    with view.upper.as_writable(dirfd):
+        view.upper.set_mark(dirfd, b".", marks.IMPURE, b"y")
     directory.is_impure = True
 
 
@@ -439,6 +455,20 @@ def copy_up_directory(view: View, directory: Directory) -> None:
         above = above.parent
     for lower in reversed(missing):
         _copy_up_one(view, lower)
+
+
+@contextmanager
+def _movable(upper: Upper, name: bytes) -> Iterator[None]:
+    """A directory of the work directory that goes elsewhere: its entry ".." changes, which its mode may forbid (rename(2), EACCES)."""
+    if not upper.obeys_modes:
+        yield
+        return
+    fd = upper.pin(upper.work_fd, name)
+    try:
+        with upper.as_writable(fd):
+            yield
+    finally:
+        os.close(fd)
 
 
 def _copy_up_one(view: View, directory: Directory) -> None:
@@ -455,7 +485,7 @@ def _copy_up_one(view: View, directory: Directory) -> None:
         if origin is not None:
             mark_impure(view, parent)
         real = os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
-        with keeping_times(upper, view.upper_fd(parent)) as dirfd:
+        with keeping_times(upper, view.upper_fd(parent)) as dirfd, _movable(upper, copy.temporary):
             upper.calls.rename(upper.work_fd, copy.temporary, dirfd, directory.name)
         copy.is_published = True
     finally:

@@ -296,9 +296,25 @@ class Lower(Layer):
 
     def shows(self, directory: LowerDir, name: bytes) -> tuple[bool, bool]:
         """Of one name: (is it there, is what the layers below have under it hidden by this directory's whiteouts)."""
-        contents = self.contents(directory)
+        try:
+            contents = self.contents(directory)
+        except PermissionError:
+            return self._shows_unlisted(directory, name)
         is_there = name in contents.names
         return is_there, contents.hides_all or (not is_there and name in contents.whiteouts)
+
+    def _shows_unlisted(self, directory: LowerDir, name: bytes) -> tuple[bool, bool]:
+        """As shows, of a directory that an ordinary user may search and not list."""
+        dirfd = self.dirfd(directory)
+        st = self.stat(dirfd, name)
+        if st is not None:
+            is_whiteout = self.is_whiteout(directory, name, st)
+            return not is_whiteout, is_whiteout or self._is_aufs(directory, marks.AUFS_OPAQUE)
+        return False, self._is_aufs(directory, marks.AUFS_PREFIX + name) or self._is_aufs(directory, marks.AUFS_OPAQUE)
+
+    def _is_aufs(self, directory: LowerDir, name: bytes) -> bool:
+        st = self.stat(self.dirfd(directory), name) if self._reads_aufs else None
+        return st is not None and self.is_whiteout(directory, name, st)
 
     def contents(self, directory: LowerDir) -> Names:
         """As `read`, but kept: a lower does not change."""
@@ -370,6 +386,7 @@ class Upper(Layer):
         self.keeps_order = False  # its journal keeps a rename behind the extents written before it
         self._noatime = 0  # what lies in the upper belongs to the merged view: its atime moves as on any file system
         self._ids = (os.geteuid(), os.getegid())
+        self.obeys_modes = os.geteuid() != 0
         self._temporary = itertools.count(1)
         self.takes_devices = True
         self.reads_aufs = False  # `.wh.NAME` is a whiteout: an image's layer that an engine stored, mounted as an upper
@@ -437,6 +454,19 @@ class Upper(Layer):
             yield
         finally:
             self.calls.let_us_in(dirfd, name, mode)
+
+    @contextmanager
+    def as_writable(self, dirfd: int) -> Iterator[None]:
+        """Inside, a directory may be changed whatever its mode: what a copy-up does there is none of the things that a mode forbids."""
+        mode = stat.S_IMODE(os.fstat(dirfd).st_mode) if self.obeys_modes else 0o300
+        if mode & 0o300 == 0o300:
+            yield
+            return
+        self.calls.chmod(dirfd, b"", mode | 0o300)
+        try:
+            yield
+        finally:
+            self.calls.chmod(dirfd, b"", mode)
 
     def pin(self, dirfd: int, name: bytes) -> int:
         """O_PATH descriptor: its inode number cannot be given to another file while this is open."""

@@ -89,6 +89,7 @@ class Policy:
     privileged: the process has the capabilities a mount of the initial user namespace gives (layers are cloned, owners are set).
     uid_map, gid_map: ranges that do not overlap, on neither side; none: ids are kept.
     metacopy: a change of attributes alone copies no data up. verity: see there.
+    rename_copy_limit: bytes that renaming a directory of a lower may copy where, for `user.` marks, it cannot be redirected.
     squash_uid, squash_gid: every object belongs to this id in the merged view; None: ids are kept.
     """
 
@@ -100,6 +101,7 @@ class Policy:
     index: bool = False
     whiteouts: Whiteouts = Whiteouts.AUTO
     fsync: Fsync = Fsync.ORDERED
+    rename_copy_limit: int = 1 << 30
     privileged: bool = True
     squash_uid: int | None = None
     squash_gid: int | None = None

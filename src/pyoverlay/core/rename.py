@@ -30,6 +30,7 @@ from pyoverlay.core.change import (
     set_redirect,
 )
 from pyoverlay.core.copyup import copy_attributes, copy_up_directory, mark_impure
+from pyoverlay.core.detach import detach
 from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
 from pyoverlay.core.policy import RedirectDir
@@ -48,7 +49,8 @@ class Entry(NamedTuple):
 def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Directory, new_name: bytes, flags: int = 0) -> None:
     """rename(2) and renameat2(2) in the merged view.
 
-    Files must have been copied up (`copyup`), or are copied up here, data and all. EXDEV: a directory of a lower, without redirects.
+    Files must have been copied up (`copyup`), directories detached (`to_detach`), or it is done here, data and all. EXDEV: a directory of
+    a lower, without redirects; with `user.` marks one that holds too much.
     EINVAL: RENAME_WHITEOUT, as ovl_rename answers. EOVERFLOW: something of it belongs to nobody (`owners`).
     """
     if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
@@ -60,7 +62,8 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     for inode in (old_parent, new_parent, old.inode, new.inode):
         if inode is not None:
             view.require_owner(inode)
-    _check(view, old.inode, new, flags)
+    for directory in _to_detach(view, old.inode, new, flags):
+        detach(view, directory, view.policy.rename_copy_limit)
     if old.inode is new.inode and not isinstance(old.inode, Directory):
         return  # two links of one file: rename(2) does nothing
     view.upper.is_dirty = True
@@ -82,6 +85,20 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     _moved(view, old.inode, old, new)
 
 
+def to_detach(view: View, old_parent: Directory, old_name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> list[Directory]:
+    """The directories that a rename first has to make the upper's alone (`detach`). Raises what the rename would before that."""
+    if not view.policy.userxattr:
+        return []
+    old, new = _entry(view, old_parent, old_name), _entry(view, new_parent, new_name)
+    return _to_detach(view, old.inode, new, flags) if old.inode is not None else []
+
+
+def _to_detach(view: View, old: Inode, new: Entry, flags: int) -> list[Directory]:
+    _check(view, old, new, flags)
+    moved = (old, new.inode if flags & RENAME_EXCHANGE else None)
+    return [inode for inode in moved if isinstance(inode, Directory) and inode.lowers] if view.policy.userxattr else []
+
+
 def _entry(view: View, parent: Directory, name: bytes) -> Entry:
     found = view.lookup(parent, name)
     return Entry(parent, name, found[0] if found else None)
@@ -97,7 +114,7 @@ def _check(view: View, old: Inode, new: Entry, flags: int) -> None:
     elif flags & RENAME_NOREPLACE:
         raise failure(errno.EEXIST)
     for moved in (old, new.inode if flags & RENAME_EXCHANGE else None):
-        if isinstance(moved, Directory) and moved.lowers and (view.policy.redirect_dir is not RedirectDir.ON or view.policy.userxattr):
+        if isinstance(moved, Directory) and moved.lowers and view.policy.redirect_dir is not RedirectDir.ON:
             raise failure(errno.EXDEV)
     if new.inode is None or flags & RENAME_EXCHANGE:
         return

@@ -52,6 +52,7 @@ class Options:
     metacopy: bool = False
     index: bool = False
     uuid: Uuid = Uuid.NULL
+    rename_copy_limit: int = 1 << 30
     verity: Verity = Verity.OFF
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
@@ -116,6 +117,7 @@ def policy(options: Options, *, privileged: bool) -> Policy:
         metacopy=options.metacopy,
         index=options.index,
         uuid=options.uuid,
+        rename_copy_limit=options.rename_copy_limit,
         verity=options.verity,
         whiteouts=options.whiteouts,
         fsync=options.fsync,
@@ -252,6 +254,16 @@ def _seconds(name: str, value: str) -> float:
     return float(value)
 
 
+def _size(field: str) -> Meaning:
+    def meaning(name: str, value: str) -> dict[str, Any]:
+        found = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value, re.IGNORECASE)
+        if found is None:
+            raise OptionRefused(f"{name}={value}", "wants a number of bytes, with K, M or G after it for the larger units")
+        return {field: int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]}
+
+    return meaning
+
+
 def _timeout(name: str, value: str) -> dict[str, Any]:
     # fuse-overlayfs's own default is 1e9, "for ever", and that is what happens here.
     if _seconds(name, value) < 1e9:
@@ -327,6 +339,7 @@ _VALUES: dict[str, Meaning] = {
     # Inode numbers are unique and lasting without it, whatever it says.
     "xino": _only(("on", "off", "auto"), (), ""),
     "uuid": _one_of("uuid", {mode.value: mode for mode in Uuid}),
+    "rename_copy_limit": _size("rename_copy_limit"),
     "index": _one_of("index", {"on": True, "off": False}),
     "metacopy": _one_of("metacopy", {"on": True, "off": False}),
     "verity": _one_of("verity", {mode.value: mode for mode in Verity}),

@@ -207,6 +207,8 @@ class Answers:
         for inode in self.to_copy_up_for_rename(old_parent, old_name, new_parent, new_name, flags):
             self.copy_up(inode, attributes_only=True)
         view = self.view
+        if self.to_detach_for_rename(old_parent, old_name, new_parent, new_name, flags):
+            raise NotAtOnce
         renaming.rename(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
 
     def to_copy_up_for_unlink(self, parent: int, name: bytes) -> list[Inode]:
@@ -216,6 +218,11 @@ class Answers:
         if found is None or not found[0].is_regular or found[0].in_upper or found[0].lower_links == 1:
             return []
         return [found[0]]
+
+    def to_detach_for_rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> list[Directory]:
+        """The directories that have to be the upper's alone before (`core.detach`)."""
+        view = self.view
+        return renaming.to_detach(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
 
     def to_copy_up_for_rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> list[Inode]:
         """The files that a rename has to have in the upper."""

@@ -26,8 +26,10 @@ from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import Inode
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import View
+from pyoverlay.fuse import detaching
 from pyoverlay.fuse.answers import SELF_AND_ABOVE, Answers, NotAtOnce, Shown
 from pyoverlay.fuse.binding import pyfuse3
+from pyoverlay.fuse.detaching import UnderWay
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +74,6 @@ def handler(method: Method) -> Method:
             self.view.trim()
 
     return answer  # type: ignore[return-value] # the same signature, by functools.wraps
-
-
-class UnderWay:
-    """A copy-up whose data is on the way: what waits for it, and what its own request, by number, may cancel."""
-
-    __slots__ = ("copy", "done", "request")
-
-    def __init__(self, request: int) -> None:
-        self.request = request
-        self.done = trio.Event()
-        self.copy: copyup.Copy | None = None
 
 
 class Operations(pyfuse3.Operations):
@@ -280,6 +271,8 @@ class Operations(pyfuse3.Operations):
         request = self._request()
         while missing := self.answers.to_copy_up_for_rename(*sides):
             await self._copy_up(missing[0], request=request, attributes_only=True)
+        while merged := self.answers.to_detach_for_rename(*sides):
+            await detaching.detach(self.view, merged[0], self._copying, request, self._in_thread)
         self.answers.rename(*sides)
 
     # -- files

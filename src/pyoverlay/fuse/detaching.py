@@ -1,0 +1,71 @@
+"""Renaming a directory of a lower where redirects may not be written: its tree is copied up first, data in threads, others served."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from pyoverlay.core import copyup
+from pyoverlay.core.detach import Detachment
+from pyoverlay.core.inode import Directory, Inode
+from pyoverlay.core.view import View
+from pyoverlay.fuse.answers import INLINE_COPY
+from pyoverlay.fuse.loop import Turns
+
+
+class UnderWay:
+    """A copy-up whose data is on the way: what waits for it, and what its own request, by number, may cancel."""
+
+    __slots__ = ("copy", "done", "request")
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        self.done = trio.Event()
+        self.copy: copyup.Copy | None = None
+
+
+class InThread(Protocol):
+    """Runs a call in a thread."""
+
+    def __call__(self, call: Callable[..., object], *arguments: object) -> Awaitable[object]: ...
+
+
+async def detach(view: View, directory: Directory, copying: dict[Inode, UnderWay], request: int, in_thread: InThread) -> None:
+    """Raises what `core.detach` does; EINTR when the caller was killed. What was copied until then is gone."""
+    turns = Turns()
+    with Detachment(view, directory, view.policy.rename_copy_limit) as tree:
+        for _ in tree.survey():
+            await turns.take()
+        for inode in tree.files:
+            await _fill(tree, inode, copying, request, in_thread)
+            await turns.take()
+        await in_thread(tree.put_on_disk)
+        for inode in list(tree.copies):
+            while (other := copying.get(inode)) is not None:
+                await other.done.wait()
+            tree.publish(inode)
+            await turns.take()
+        for _ in tree.detach():
+            if directory.lowers:  # after the last one the rename follows at once
+                await turns.take()
+
+
+async def _fill(tree: Detachment, inode: Inode, copying: dict[Inode, UnderWay], request: int, in_thread: InThread) -> None:
+    while (other := copying.get(inode)) is not None:
+        await other.done.wait()
+    copy = tree.prepare(inode)
+    if copy is None:
+        return
+    this = copying[inode] = UnderWay(request)
+    this.copy = copy
+    try:
+        if copy.size <= INLINE_COPY:
+            copyup.fill(copy, is_ordered=False)
+        else:
+            await in_thread(copyup.fill, copy, False)
+    finally:
+        del copying[inode]
+        this.done.set()
+    copy.park()
