@@ -17,6 +17,7 @@ import pytest
 
 from pyoverlay.testing import Overlay, OverlayFactory, make_tree
 from pyoverlay.testing.mounts import command, wait_for_end
+from tests.integration.unprivileged import as_user
 
 pytestmark = pytest.mark.root
 
@@ -265,3 +266,28 @@ def test_reports_load_neither_trio_nor_pyfuse3(words: list[str]) -> None:
     program = f"import sys; from pyoverlay.cli import run; run({words!r}); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=30)
     assert {"trio", "pyfuse3", "pyoverlay.fuse"} & set(result.stdout.splitlines()[-1].split()) == set()
+
+
+def test_root_sees_a_user_s_mounts_and_a_user_the_own_ones(mounted: Overlay, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a user without a session, whose list is in /tmp."""
+    (home / "lower/f").write_text("f")
+    script = (
+        "unset XDG_RUNTIME_DIR; $po mount lower upper merged; echo more > merged/new; rm merged/f; $po ps -q;"
+        " $po ps -s --format '{{.Size}}'; $po diff merged; $po which merged/f | head -n 1;"
+        " $po inspect -f '{{.State.Status}} {{.Features.userxattr}} {{.State.Pid}}' merged"
+    )
+    result = as_user(home, script)
+    assert result.stderr == ""
+    *lines, told = result.stdout.splitlines()
+    assert lines == [
+        f"{home}/merged", "5B (virtual 6B)", "D /f", "A /new", f"merged/f: not there, whiteout in {home}/upper/f"
+    ]  # fmt: skip
+    status, userxattr, daemon = told.split()
+    try:
+        assert (status, userxattr) == ("up", "true")
+        monkeypatch.delenv("PYOVERLAY_RUNTIME_DIR")
+        assert printed("ps", "--filter", f"upper={home}/upper", "--format", "{{.Pid}}") == [daemon]
+        assert printed("diff", home / "upper") == ["D /f", "A /new"]
+    finally:
+        os.kill(int(daemon), signal.SIGTERM)
+        assert wait_for_end([int(daemon)], 10) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyoverlay.report.template import Template, TemplateFailedError, TemplateSyntaxError
 from tests.interop.docker_templates import FAILING, MALFORMED, PRINTED, VALUE
@@ -78,3 +80,36 @@ def test_one_template_is_rendered_for_many_values() -> None:
 
 def test_names_that_are_no_utf8_become_marks_in_json() -> None:
     assert Template("{{json .}}").render("a\udcff") == '"a\N{REPLACEMENT CHARACTER}"'
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
+        Template("{{" + "(" * 10_000 + "1" + ")" * 10_000 + "}}")
+
+
+WORDS = [
+    "{{", "}}", "{{- ", " -}}", "{{/*", "*/}}", " ", "if", "else", "end", "with", "range", "break", "continue", "$x", "$", ":=", "=", "|",
+    "(", ")", ",", ".", ".Name", ".a", "index", "printf", "json", "len", "slice", "eq", "and", "join", "truncate", '"%d %s"', '"a"', "`",
+    "'a'", "1", "-1", "2.5", "true", "nil", "\n", "é",
+]  # fmt: skip
+ACTIONS = ["if 1", "with .a", "range .a", "end", "else", "$x := .", "$x", ".", "len .", "json . | len", "print . 1"]
+
+
+def is_printed_or_refused(text: str) -> None:
+    """Nothing but the two errors that are told in one line."""
+    try:
+        Template(text).render({"Name": "n", "a": [1, "b", None, {"c": 2.5}]})
+    except (TemplateSyntaxError, TemplateFailedError) as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), max_size=25).map("".join))
+def test_any_text_is_printed_or_refused(text: str) -> None:
+    is_printed_or_refused(text)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from(ACTIONS), max_size=12).map(lambda actions: "".join(f"{{{{{action}}}}}" for action in actions)))
+def test_any_actions_are_printed_or_refused(text: str) -> None:
+    is_printed_or_refused(text)

@@ -105,18 +105,14 @@ class Comparison:
     def differs(self, after: Found, before: Found) -> bool:
         """Whether two objects of one name differ by the rules above. What a directory contains is not looked at."""
         (inode, now), (old, then) = after, before
-        if now.st_mode != then.st_mode or self._owner(now) != self._owner(then):
+        owners = self.after.owners  # as the mount shows them: where ids are squashed, all are the same
+        if now.st_mode != then.st_mode or owners.shown(now) != owners.shown(then):
             return True
         if not stat.S_ISDIR(now.st_mode):
             is_device = stat.S_ISCHR(now.st_mode) or stat.S_ISBLK(now.st_mode)
             if now.st_size != then.st_size or (is_device and now.st_rdev != then.st_rdev) or not _is_same_time(now, then):
                 return True
         return _capability(self.after, inode) != _capability(self.before, old)
-
-    def _owner(self, st: os.stat_result) -> tuple[int, int]:
-        """As the mount shows it: where ids are squashed, all are the same."""
-        uid, gid = self.policy.squash_uid, self.policy.squash_gid
-        return st.st_uid if uid is None else uid, st.st_gid if gid is None else gid
 
 
 def masked(upper: bytes, work: bytes | None) -> frozenset[tuple[int, int]]:

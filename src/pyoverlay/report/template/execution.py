@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
-from pyoverlay.report.template.failures import TemplateFailedError
+from pyoverlay.report.template.failures import TemplateFailedError, TemplateSyntaxError
 from pyoverlay.report.template.functions import FUNCTIONS, Value, field, is_true, kind, shown
 from pyoverlay.report.template.parsing import parse
 from pyoverlay.report.template.tree import (
@@ -34,7 +34,10 @@ class Template:
     """A template that parsed. Raises TemplateSyntaxError for one that does not."""
 
     def __init__(self, text: str) -> None:
-        self._body = parse(text, {*FUNCTIONS, *_LAZY})
+        try:
+            self._body = parse(text, {*FUNCTIONS, *_LAZY})
+        except RecursionError:
+            raise TemplateSyntaxError("nested too deeply") from None
 
     def render(self, value: Value) -> str:
         """The text for one value. Raises TemplateFailedError, and gives no text then."""
