@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -102,6 +103,8 @@ def test_a_hundred_mounts_are_a_hundred_daemons_that_do_not_know_of_one_another(
     assert set(processes_marked(place.mark)) == pids  # what started them has ended
     assert {os.getsid(pid) for pid in pids} == pids
     assert max(map(private_memory, pids)) < 8 * MIB
+    listed = json.loads(place.run("ps", "--json").stdout)["mounts"]
+    assert {mount["pid"] for mount in listed if mount["merged"].startswith(f"{place.directory}/")} == pids
 
     for name in names:
         merged = place.directory / f"m{name}"
