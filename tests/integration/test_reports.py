@@ -247,6 +247,22 @@ def test_colons_in_layers_are_escaped_as_mount_takes_them(tmp_path: Path) -> Non
         made.close()
 
 
+def test_names_that_are_no_utf8_are_passed_on(tmp_path: Path) -> None:
+    name = os.fsdecode(b"m\xff")
+    make_tree(tmp_path, {"lower": {}, name: {}})
+    made = Overlay((tmp_path / "lower",), None, tmp_path / name)
+    made.mount()
+    try:
+        result = subprocess.run(command("inspect", "-f", "{{.Name}}", made.merged), check=True, capture_output=True, timeout=30)
+        assert result.stdout == os.fsencode(made.merged) + b"\n"
+        result = subprocess.run(command("ps", "-q"), check=True, capture_output=True, timeout=30)
+        assert result.stdout == os.fsencode(made.merged) + b"\n"
+        assert told("ps", "--json")["mounts"][0]["merged"] == str(made.merged)
+        assert printed("ps", "--noheading", "--no-trunc")[0].split()[1] == f"{tmp_path}/m\\xff"
+    finally:
+        made.close()
+
+
 # ── whose mounts are listed ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+import click
 
 from pyoverlay.errors import PyoverlayError, UsageError, printable
 from pyoverlay.report.template import Template, TemplateFailedError, TemplateSyntaxError
@@ -17,9 +20,13 @@ def parsed(text: str) -> Template:
 
 
 def rendered(template: Template, value: Any) -> str:
-    """Its text for a value, fit to be printed. Raises PyoverlayError where it asks for what is not there."""
+    """Its text for a value. Raises PyoverlayError where it asks for what is not there."""
     try:
-        text = template.render(value)
+        return template.render(value)
     except TemplateFailedError as error:
         raise PyoverlayError(f"--format: {printable(str(error))}") from error
-    return text
+
+
+def show(text: str) -> None:
+    """Print a line; of names that are no UTF-8 the bytes that they are made of."""
+    click.echo(os.fsencode(text))

@@ -7,7 +7,7 @@ import json
 import click
 
 from pyoverlay.cli.completing import mount_points
-from pyoverlay.cli.formats import parsed, rendered
+from pyoverlay.cli.formats import parsed, rendered, show
 from pyoverlay.errors import PyoverlayError, UsageError
 from pyoverlay.report.inspect import Inspection, as_docker, as_json, inspect
 
@@ -44,7 +44,7 @@ def command(merged: tuple[str, ...], form: str | None, is_json: bool) -> int:
         click.echo(json.dumps(as_json(found), indent=4))
     elif template is not None:
         for mount in found:
-            click.echo(rendered(template, as_docker(mount)))
+            show(rendered(template, as_docker(mount)))
     else:
         array = [as_docker(mount) for mount in found]
         click.echo(json.dumps(array, indent=4) if form is None else json.dumps(array, separators=(",", ":")))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pyoverlay.cli.formats import parsed, rendered
+from pyoverlay.cli.formats import parsed, rendered, show
 from pyoverlay.errors import UsageError, printable
 from pyoverlay.report import inspect, mounts, ps
 from pyoverlay.report.inspect import Inspection
@@ -96,4 +96,4 @@ def _show(rows: Sequence[dict[str, str]], form: str | None, *, with_size: bool, 
     template = parsed(text)
     lines = [rendered(template, row) for row in ([ps.HEADS] if is_table and heading else []) + list(rows)]
     for line in table([line.split("\t") for line in lines]) if is_table and lines else lines:
-        click.echo(line)
+        show(line)
