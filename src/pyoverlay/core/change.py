@@ -141,7 +141,7 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
     hides = has_lower(view, parent, name)
     open_for_change(view, parent)
     count_names(view, inode, parent, name)
-    is_upper = in_upper(view, parent, name)
+    is_upper = in_upper(view, parent, name, inode)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     with kept_alive(view, inode, parent, name, is_upper=is_upper):
@@ -196,10 +196,15 @@ def open_for_change(view: View, parent: Directory) -> None:
     copy_up_directory(view, parent)
 
 
-def in_upper(view: View, parent: Directory, name: bytes) -> bool:
-    """Does the upper have something under this name, whiteouts apart?"""
-    if not parent.in_upper:
+def in_upper(view: View, parent: Directory, name: bytes, inode: Inode) -> bool:
+    """Does the upper have something under this name, which shows `inode`?
+
+    The disk is asked only of a hard link of a lower, of which some names are copied up and some are not.
+    """
+    if not parent.in_upper or not inode.in_upper:
         return False
+    if isinstance(inode, Directory) or not (inode.lower_links > 0 or inode.index_name):
+        return True
     dirfd = view.upper_fd(parent)
     st = view.upper.stat(dirfd, name)
     return st is not None and not view.upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts)
@@ -275,7 +280,7 @@ def bring_up(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
     if not inode.in_upper:
         copy_up(view, inode, attributes_only=True)
     copy_up_directory(view, parent)
-    if isinstance(inode, Directory) or in_upper(view, parent, name):
+    if isinstance(inode, Directory) or in_upper(view, parent, name, inode):
         return
     link_to_copy(view, inode, parent, name)
     if not inode.index_name:
@@ -365,8 +370,7 @@ def _keep_name(view: View, inode: Inode, parent: Directory, name: bytes) -> None
 
 def _set_kept_name(view: View, inode: Inode, kept: bytes) -> None:
     inode.kept_name = kept
-    if inode.fd >= 0 and view.after_open is not None:
-        view.after_open(inode)  # its descriptor tells another number of links from now on
+    view.links_changed(inode)
 
 
 def _let_go(view: View, inode: Inode) -> None:
@@ -386,6 +390,7 @@ def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_low
         lower_name_gone(view, inode)
     if isinstance(inode, Directory):
         inode.listing = Listing([])
+        view.links_changed(inode)
     if parent.listing is not None:
         parent.listing.remove(name)
     forget_in_index(view, inode)
@@ -401,6 +406,7 @@ def forget_in_index(view: View, inode: Inode) -> None:
 def lower_name_gone(view: View, inode: Inode) -> None:
     """A name of the lower object shows no more, or is the upper's now. After the last of them no link need be kept."""
     inode.lower_links -= 1
+    view.links_changed(inode)
     if inode.lower_links > 0 or not inode.kept_name:
         return
     upper = view.upper

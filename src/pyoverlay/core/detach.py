@@ -117,12 +117,13 @@ class Detachment:
             if isinstance(found[0], Directory):
                 if found[0].lowers:
                     raise failure(errno.EXDEV)  # somebody moved it here meanwhile
-            elif not in_upper(view, directory, name):
+            elif not in_upper(view, directory, name, found[0]):
                 bring_up(view, found[0], directory, name)
         upper, dirfd = view.upper, view.upper_fd(directory)
         with upper.as_writable(dirfd):
             upper.set_mark(dirfd, b".", marks.OPAQUE, b"y")
         directory.lowers, directory.is_opaque = (), True
+        view.links_changed(directory)
         for entry in upper.scan(dirfd):
             name = os.fsencode(entry.name)
             st = upper.stat(dirfd, name) if not entry.is_file(follow_symlinks=False) else None

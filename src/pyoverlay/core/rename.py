@@ -155,7 +155,7 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
     leaves_whiteout = has_lower(view, old.parent, old.name)
     if new.inode is not None:
         count_names(view, new.inode, new.parent, new.name)
-    is_upper = new.inode is not None and in_upper(view, new.parent, new.name)
+    is_upper = new.inode is not None and in_upper(view, new.parent, new.name, new.inode)
     if new.inode is None:
         replace_aufs_whiteout(view, new.parent, new.name)
         _move(view, old, new, leaves_whiteout=leaves_whiteout, is_upper=False)
@@ -170,10 +170,12 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
 def _move(view: View, old: Entry, new: Entry, *, leaves_whiteout: bool, is_upper: bool) -> None:
     upper = view.upper
     from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
-    over_whiteout = not is_upper and upper.stat(to_fd, new.name) is not None
+    # Over a whiteout is a matter for more than one call only where a whiteout comes to the old name or a directory to the new one.
+    minds_whiteout = not is_upper and (leaves_whiteout or isinstance(old.inode, Directory))
+    over_whiteout = minds_whiteout and upper.stat(to_fd, new.name) is not None
     if leaves_whiteout and not upper.can_make_devices():
         _replace_leaving_file(view, old, new, is_upper=is_upper, over_whiteout=over_whiteout)
-    elif over_whiteout and (leaves_whiteout or isinstance(old.inode, Directory)):
+    elif over_whiteout:
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_EXCHANGE)
         if not leaves_whiteout:
             with tolerated("a whiteout that hides nothing stays in the upper"):  # the rename is done
@@ -221,6 +223,7 @@ def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -
     inode.remove_name(entry.parent, entry.name)
     if isinstance(inode, Directory):
         inode.listing = Listing([])
+        view.links_changed(inode)
     elif was_lower_name:
         lower_name_gone(view, inode)
     forget_in_index(view, inode)

@@ -59,7 +59,8 @@ class View:
         self.cache = cache
         self.pin_limit = cache.limit // 2
         self.table = InodeTable()
-        self.after_open: Callable[[Inode], None] | None = None  # told of each data descriptor that appears or starts to write
+        # Told of each descriptor of an inode that appears or starts to write, and when the links change that such an inode shows.
+        self.after_open: Callable[[Inode], None] | None = None
         self.inode_limit = 0
         self.when_crowded: Callable[[], None] | None = None  # told between operations, while there are more inodes than that
         self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
@@ -182,7 +183,14 @@ class View:
                 raise failure(errno.ESTALE)
             return upper.root_fd
         start = above.fd if above.fd >= 0 else upper.root_fd
-        return self.cache.put(directory, upper.open_descendant(start, names[::-1]))
+        fd = self.cache.put(directory, upper.open_descendant(start, names[::-1]))
+        self.links_changed(directory)
+        return fd
+
+    def links_changed(self, inode: Inode) -> None:
+        """Say so to who answers for the inode by its descriptor."""
+        if inode.fd >= 0 and self.after_open is not None:
+            self.after_open(inode)
 
     def lower_place(self, inode: Inode) -> Place:
         """Where the lower object lies, the top one of a directory."""
@@ -320,6 +328,16 @@ class View:
         if not inode.in_upper:
             return inode.lower_links
         return st.st_nlink + inode.lower_links - bool(inode.kept_name) - bool(inode.index_name)
+
+    def links_by_stat(self, inode: Inode) -> int | None:
+        """The same for who has a stat of the object and nothing else: so many links, 0: as many as it says, None: more has to be known."""
+        if isinstance(inode, Directory):
+            return None if inode.is_orphan else 0 if len(inode.lowers) + inode.in_upper == 1 else 1
+        if inode.metacopy is not None:
+            return None  # its descriptor is another object's
+        if inode.in_upper:
+            return None if inode.lower_links or inode.kept_name or inode.index_name else 0
+        return inode.lower_links or None
 
     def blocks(self, inode: Inode, st: os.stat_result) -> int:
         """Blocks of 512 bytes: those of the data."""

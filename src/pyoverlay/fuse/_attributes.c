@@ -13,7 +13,7 @@
 
 enum {                                       /* FATTR_* of <linux/fuse.h> */
 	SET_MODE = 1 << 0, SET_UID = 1 << 1, SET_GID = 1 << 2, SET_ATIME = 1 << 4, SET_MTIME = 1 << 5, HAS_FH = 1 << 6,
-	ATIME_NOW = 1 << 7, MTIME_NOW = 1 << 8, HAS_LOCKOWNER = 1 << 9, SET_CTIME = 1 << 10,
+	ATIME_NOW = 1 << 7, MTIME_NOW = 1 << 8, HAS_LOCKOWNER = 1 << 9, SET_CTIME = 1 << 10, KILL_SUIDGID = 1 << 11,
 	KNOWN = SET_MODE | SET_UID | SET_GID | SET_ATIME | SET_MTIME | HAS_FH | ATIME_NOW | MTIME_NOW | HAS_LOCKOWNER | SET_CTIME,
 };
 
@@ -24,7 +24,7 @@ static uint32_t encoded(dev_t device)
 	return (low & 0xff) | (high << 8) | ((low & ~0xffu) << 12);
 }
 
-static bool reply_attributes(int device, const struct request *r, int fd)
+static bool reply_attributes(int device, const struct request *r, int fd, int links)
 {
 	struct stat st;
 
@@ -33,19 +33,19 @@ static bool reply_attributes(int device, const struct request *r, int fd)
 	struct attr_out out = { .valid = FOREVER, .attr = {
 		.ino = header_of(r)->nodeid, .size = (uint64_t)st.st_size,
 		/* Delayed allocation: with 0 blocks `tar -S` would take a file with data for one hole. */
-		.blocks = st.st_size && !st.st_blocks ? 1 : (uint64_t)st.st_blocks,
+		.blocks = st.st_size && !st.st_blocks && S_ISREG(st.st_mode) ? 1 : (uint64_t)st.st_blocks,
 		.atime = (uint64_t)st.st_atim.tv_sec, .mtime = (uint64_t)st.st_mtim.tv_sec, .ctime = (uint64_t)st.st_ctim.tv_sec,
 		.atimensec = (uint32_t)st.st_atim.tv_nsec, .mtimensec = (uint32_t)st.st_mtim.tv_nsec, .ctimensec = (uint32_t)st.st_ctim.tv_nsec,
-		.mode = st.st_mode, .nlink = (uint32_t)st.st_nlink, .uid = st.st_uid, .gid = st.st_gid,
+		.mode = st.st_mode, .nlink = links == LANE_LINKS_AS_COUNTED ? (uint32_t)st.st_nlink : (uint32_t)links, .uid = st.st_uid, .gid = st.st_gid,
 		.rdev = encoded(st.st_rdev), .blksize = (uint32_t)st.st_blksize,
 	} };
 	reply_to(device, header_of(r)->unique, 0, &out, sizeof out);
 	return true;
 }
 
-bool answer_getattr(int device, const struct request *r, int fd)
+bool answer_getattr(int device, const struct request *r, int fd, int links)
 {
-	return reply_attributes(device, r, fd);
+	return reply_attributes(device, r, fd, links);
 }
 
 static struct timespec wanted_time(uint32_t valid, uint32_t set, uint32_t now, uint64_t seconds, uint32_t nanoseconds)
@@ -77,15 +77,21 @@ static int change(int fd, const struct setattr_in *in)
 	return 0;
 }
 
-bool answer_setattr(int device, const struct request *r, int fd)
+/* One that takes suid, sgid and capabilities away is what chown(2) is, whoever calls it. */
+static bool is_chown(const struct setattr_in *in)
+{
+	return in->valid & (SET_UID | SET_GID) && !(in->valid & SET_MODE);
+}
+
+bool answer_setattr(int device, const struct request *r, int fd, int links)
 {
 	const struct setattr_in *in = (const void *)body_of(r);
 
-	if (body_size(r) < sizeof *in || in->valid & ~(uint32_t)KNOWN)
+	if (body_size(r) < sizeof *in || in->valid & ~(uint32_t)(is_chown(in) ? KNOWN | KILL_SUIDGID : KNOWN))
 		return false;
 	int error = change(fd, in);
 	if (!error)
-		return reply_attributes(device, r, fd);
+		return reply_attributes(device, r, fd, links);
 	reply_to(device, header_of(r)->unique, error, NULL, 0);
 	return true;
 }

@@ -133,7 +133,7 @@ static size_t fixed_size(uint32_t opcode)
 	case OP_GETXATTR: case OP_LISTXATTR: case OP_RENAME: case OP_LINK: case OP_FORGET: return 8;
 	case OP_READ: case OP_READDIRPLUS: return sizeof(struct read_in);
 	case OP_WRITE: return sizeof(struct write_in);
-	case OP_COPY_FILE_RANGE: return sizeof(struct copy_file_range_in);
+	case OP_COPY_FILE_RANGE: case OP_COPY_FILE_RANGE_64: return sizeof(struct copy_file_range_in);
 	case OP_FSYNC: case OP_FSYNCDIR: return 16;
 	default: return 0;
 	}
@@ -166,7 +166,7 @@ static PyObject *call(PyObject *f, const struct request *r)
 	case OP_LISTXATTR: return PyObject_CallFunction(f, "KI", node, h->uid);
 	case OP_SETXATTR: return call_setxattr(f, r);
 	case OP_READDIRPLUS: return PyObject_CallFunction(f, "KKI", node, (unsigned long long)read->offset, read->size);
-	case OP_COPY_FILE_RANGE: return call_copy(f, r);
+	case OP_COPY_FILE_RANGE: case OP_COPY_FILE_RANGE_64: return call_copy(f, r);
 	case OP_FSYNC: case OP_FSYNCDIR:
 		memcpy(&flags, body_of(r) + 8, sizeof flags);
 		return PyObject_CallFunction(f, "KI", node, flags & 1);
@@ -315,11 +315,11 @@ static bool reply_bytes(int device, const struct request *r, PyObject *value)
 
 static bool reply_count(int device, const struct request *r, PyObject *value)
 {
-	uint32_t count[2] = { (uint32_t)PyLong_AsUnsignedLongMask(value), 0 };
+	uint64_t count = PyLong_AsUnsignedLongLongMask(value);       /* of the older opcode 32 bits and as many zeros: the same bytes */
 
 	if (PyErr_Occurred())
 		return false;
-	reply_to(device, header_of(r)->unique, 0, count, sizeof count);
+	reply_to(device, header_of(r)->unique, 0, &count, sizeof count);
 	return true;
 }
 
@@ -339,7 +339,7 @@ static bool reply(int device, const struct request *r, PyObject *result)
 		return reply_xattr(device, r, result);
 	case OP_READDIRPLUS:
 		return reply_entries(device, r, result);
-	case OP_COPY_FILE_RANGE:
+	case OP_COPY_FILE_RANGE: case OP_COPY_FILE_RANGE_64:
 		return reply_count(device, r, result);
 	default:
 		reply_to(device, header_of(r)->unique, 0, NULL, 0);

@@ -14,13 +14,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
-	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, ATTRIBUTES = 16,       /* struct node, flags */
+	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, LISTS_NOTHING = 16,       /* struct node, flags */
 	DATA_AT = 4096,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
 	WRITE_KILL_SUIDGID = 4,
 	FSYNC_DATA_ONLY = 1,
@@ -32,6 +31,7 @@ static const double SLOW_WRITE = 5e3, PRESSURE = 1e6;                  /* micros
 struct node {
 	uint64_t id;                         /* 0: an empty slot */
 	int read_fd, write_fd;
+	int links;
 	unsigned flags;
 };
 
@@ -129,7 +129,7 @@ static struct node *known_or_new(uint64_t id)
 	if (used * 2 >= slots && !resize(slots ? slots * 2 : 64))
 		return NULL;
 	n = find(id);
-	*n = (struct node){ id, -1, -1, 0 };
+	*n = (struct node){ id, -1, -1, LANE_NO_ATTRIBUTES, 0 };
 	used++;
 	return n;
 }
@@ -161,31 +161,31 @@ static void delete_if_empty(struct node *n)
 		delete(n);
 }
 
-int lane_set(uint64_t node, int read_fd, int write_fd, bool owns_attributes)
+int lane_set(uint64_t node, int read_fd, int write_fd, int links, bool in_memory)
 {
 	struct node *n = read_fd < 0 && write_fd < 0 ? known(node) : known_or_new(node);
 	if (!n)
 		return read_fd < 0 && write_fd < 0 ? 0 : -ENOMEM;
 	n->read_fd = read_fd;
 	n->write_fd = write_fd;
-	n->flags &= ~(unsigned)(IN_MEMORY | NO_NOWAIT | ATTRIBUTES);        /* of the file that the old descriptor was of */
-	if (owns_attributes && write_fd >= 0)
-		n->flags |= ATTRIBUTES;
+	n->links = read_fd < 0 ? LANE_NO_ATTRIBUTES : links;
+	n->flags &= ~(unsigned)(IN_MEMORY | NO_NOWAIT);        /* of the file that the old descriptor was of */
+	if (in_memory)
+		n->flags |= IN_MEMORY | NO_NOWAIT;
 	delete_if_empty(n);
 	return 0;
 }
 
-int lane_set_no_xattr(uint64_t node, bool absent)
+int lane_set_no_xattr(uint64_t node, bool absent, bool lists_nothing)
 {
 	struct node *n = absent ? known_or_new(node) : known(node);
 	if (!n)
 		return absent ? -ENOMEM : 0;
-	if (absent) {
-		n->flags |= NO_XATTR;
-	} else {
-		n->flags &= ~(unsigned)NO_XATTR;
+	n->flags &= ~(unsigned)(NO_XATTR | LISTS_NOTHING);
+	if (absent)
+		n->flags |= NO_XATTR | (lists_nothing ? LISTS_NOTHING : 0);
+	else
 		delete_if_empty(n);
-	}
 	return 0;
 }
 
@@ -350,14 +350,6 @@ void lane_sync(int device, const struct request *r, int fd)
 
 /* ---- the requests ---- */
 
-static bool is_in_memory(int fd)
-{
-	struct statfs s;
-	enum { TMPFS = 0x01021994, RAMFS = 0x858458f6 };
-
-	return fstatfs(fd, &s) == 0 && ((uint32_t)s.f_type == TMPFS || (uint32_t)s.f_type == (uint32_t)RAMFS);
-}
-
 /* The bytes read, up to the end of the file, or -errno; -EAGAIN if that needs a disk. Short answers of RWF_NOWAIT may only mean that the
  * next page is not cached, while a short answer to the kernel means the end of the file: so go on until nothing comes. */
 static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset)
@@ -376,7 +368,7 @@ static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset
 		if (got == 0)
 			break;
 		if (got < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
-			n->flags |= NO_NOWAIT | (is_in_memory(n->read_fd) ? IN_MEMORY : 0);
+			n->flags |= NO_NOWAIT;
 			return read_cached(n, data, size, offset);
 		}
 		if (got < 0)
@@ -458,6 +450,18 @@ static bool answer_getxattr(int device, const struct request *r, const struct no
 	return false;
 }
 
+static bool answer_listxattr(int device, const struct request *r, const struct node *n)
+{
+	uint32_t size, nothing[2] = { 0, 0 };
+
+	if (!(n->flags & LISTS_NOTHING) || body_size(r) < sizeof nothing)
+		return false;
+	memcpy(&size, body_of(r), sizeof size);
+	counts.xattrs++;
+	reply_to(device, header_of(r)->unique, 0, nothing, size ? 0 : sizeof nothing);
+	return true;
+}
+
 /* isatty(3): Python and others ask it of every file they open, and no node of ours is a terminal. */
 static bool answer_isatty(int device, const struct request *r)
 {
@@ -485,10 +489,15 @@ static bool answer(int device, struct request *r, struct node *n)
 		return answer_write(device, r, n);
 	case OP_GETXATTR:
 		return answer_getxattr(device, r, n);
+	case OP_LISTXATTR:
+		return answer_listxattr(device, r, n);
 	default:
-		if (!(n->flags & ATTRIBUTES))
+		if (n->links == LANE_NO_ATTRIBUTES)
 			return false;
-		answered = header_of(r)->opcode == OP_GETATTR ? answer_getattr(device, r, n->write_fd) : answer_setattr(device, r, n->write_fd);
+		if (header_of(r)->opcode == OP_GETATTR)
+			answered = answer_getattr(device, r, n->read_fd, n->links);
+		else
+			answered = n->write_fd >= 0 && answer_setattr(device, r, n->write_fd, n->links);
 		counts.attributes += answered;
 		return answered;
 	}
@@ -501,7 +510,8 @@ bool lane_answer(int device, struct request *r)
 
 	if (opcode == OP_IOCTL)
 		return answer_isatty(device, r);
-	if (opcode != OP_READ && opcode != OP_WRITE && opcode != OP_GETXATTR && opcode != OP_GETATTR && opcode != OP_SETATTR)
+	if (opcode != OP_READ && opcode != OP_WRITE && opcode != OP_GETXATTR && opcode != OP_LISTXATTR && opcode != OP_GETATTR
+		&& opcode != OP_SETATTR)
 		return false;
 	lane_lock();
 	struct node *n = known(header_of(r)->nodeid);

@@ -34,10 +34,13 @@ void lane_lock(void);
 bool lane_try_lock(void);
 void lane_unlock(void);
 
-/* With the lock held. 0 or -ENOMEM. A descriptor of -1 is none; node 0 is no node. owns_attributes: what fstat says of write_fd, but for
- * the number, is what the node shows, and changing it there is all there is to changing it. */
-int lane_set(uint64_t node, int read_fd, int write_fd, bool owns_attributes);
-int lane_set_no_xattr(uint64_t node, bool absent);
+enum { LANE_NO_ATTRIBUTES = -1, LANE_LINKS_AS_COUNTED = 0 };
+
+/* With the lock held. 0 or -ENOMEM. A descriptor of -1 is none; node 0 is no node. links: with LANE_NO_ATTRIBUTES GETATTR and SETATTR are
+ * Python's; else what fstat says of read_fd, but for the number, is what the node shows, with so many links, and changing it through
+ * write_fd is all there is to changing it. in_memory: its data never wait for a disk. */
+int lane_set(uint64_t node, int read_fd, int write_fd, int links, bool in_memory);
+int lane_set_no_xattr(uint64_t node, bool absent, bool lists_nothing);
 bool lane_take_written(uint64_t node);       /* 0: any node */
 void lane_clear(void);
 size_t lane_nodes(void);
@@ -49,8 +52,8 @@ bool lane_answer(int device, struct request *r);
 /* fsync or fdatasync of fd, which is closed afterwards, by a thread where there is one; the reply comes from there. */
 void lane_sync(int device, const struct request *r, int fd);
 
-/* GETATTR and SETATTR of a node that owns its attributes, by its write_fd (_attributes.c). False: it takes a decision, and so Python. */
-bool answer_getattr(int device, const struct request *r, int fd);
-bool answer_setattr(int device, const struct request *r, int fd);
+/* GETATTR and SETATTR of a node that has its attributes, by a descriptor (_attributes.c). False: it takes a decision, and so Python. */
+bool answer_getattr(int device, const struct request *r, int fd, int links);
+bool answer_setattr(int device, const struct request *r, int fd, int links);
 
 #endif

@@ -30,6 +30,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -58,8 +59,9 @@ enum {
 	FATTR_FH = 1 << 6,
 };
 /* Microseconds. SPIN is longer than a client needs from one reply to its next request; TURN is how long the loop's other tasks may be kept
- * waiting, and HELD_TURN where one of them is known to wait for a thread; requests less than BUSY apart are a client at work. */
-static const double SPIN = 60, TURN = 4000, HELD_TURN = 1000, BUSY = 4 * 60;
+ * waiting, and HELD_TURN where one of them is known to wait for a thread; requests less than BUSY apart are a client at work. Who was
+ * preempted does not spin for the time CROWDED: the processor is wanted, maybe by the very client. */
+static const double SPIN = 60, TURN = 4000, HELD_TURN = 1000, BUSY = 4 * 60, CROWDED = 100e3;
 enum { LINGER = 2 };                         /* milliseconds */
 
 static struct {
@@ -68,7 +70,8 @@ static struct {
 	size_t wanted_capacity;
 	bool idle, active;
 	int held;                            /* what the loop waits for besides the device, and would be late for */
-	double spin, last_request;
+	double spin, last_request, crowded_until;
+	long preemptions;
 	uint64_t requests[OPCODES];
 	bool is_extra[OPCODES];
 	PyObject *on_init, *on_interrupt;
@@ -168,6 +171,21 @@ static void pause_briefly(void)
 		;
 }
 
+/* A wait in vain: clients that come rarely are not worth the whole of it, and BUSY ones restore it. */
+static void shorten(double *spin, double time)
+{
+	struct rusage usage;
+
+	if (*spin <= 1)
+		return;
+	*spin /= 2;
+	if (getrusage(RUSAGE_THREAD, &usage) == 0 && usage.ru_nivcsw != wire.preemptions) {
+		wire.preemptions = usage.ru_nivcsw;
+		wire.crowded_until = time + CROWDED;
+		*spin = 1;
+	}
+}
+
 /* Sleeps until there is a request, for a while: a client that pauses does not cost a trip through trio's loop, which is ten times as long
  * as this call. */
 static bool comes_soon(int device)
@@ -185,7 +203,7 @@ static ssize_t next_request(int device, double *spin)
 		ssize_t n = read(device, wire.now.mem, wire.now.capacity);
 		time = monotonic_us();
 		if (n >= (ssize_t)sizeof(struct in_header)) {
-			if (time - wire.last_request < BUSY && *spin > 0)
+			if (time - wire.last_request < BUSY && *spin > 0 && time >= wire.crowded_until)
 				*spin = SPIN;
 			wire.last_request = time;
 			return n;
@@ -197,8 +215,7 @@ static ssize_t next_request(int device, double *spin)
 		if (errno != EAGAIN)
 			return -errno;
 		if (time - begin >= *spin) {
-			if (*spin > 1)
-				*spin /= 2;          /* clients that come rarely are not worth the whole wait; BUSY ones restore it */
+			shorten(spin, time);
 			if (comes_soon(device)) {
 				begin = monotonic_us();
 				continue;
@@ -519,13 +536,13 @@ static PyObject *whole_request(PyObject *self, PyObject *unused)
 static PyObject *lane(PyObject *self, PyObject *args)
 {
 	unsigned long long node;
-	int read_fd, write_fd, owns_attributes = 0;
+	int read_fd, write_fd, links = LANE_NO_ATTRIBUTES, in_memory = 0;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "Kii|p", &node, &read_fd, &write_fd, &owns_attributes))
+	if (!PyArg_ParseTuple(args, "Kii|ip", &node, &read_fd, &write_fd, &links, &in_memory))
 		return NULL;
 	lock_lane();
-	int result = lane_set(node, read_fd, write_fd, owns_attributes);
+	int result = lane_set(node, read_fd, write_fd, links, in_memory);
 	lane_unlock();
 	return none_or_memory_error(result);
 }
@@ -533,13 +550,13 @@ static PyObject *lane(PyObject *self, PyObject *args)
 static PyObject *no_xattr(PyObject *self, PyObject *args)
 {
 	unsigned long long node;
-	int absent;
+	int absent, lists_nothing = 0;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "Kp", &node, &absent))
+	if (!PyArg_ParseTuple(args, "Kp|p", &node, &absent, &lists_nothing))
 		return NULL;
 	lock_lane();
-	int result = lane_set_no_xattr(node, absent);
+	int result = lane_set_no_xattr(node, absent, lists_nothing);
 	lane_unlock();
 	return none_or_memory_error(result);
 }

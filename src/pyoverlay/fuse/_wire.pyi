@@ -49,19 +49,22 @@ def request() -> tuple[int, int, int, int, int, int, bytes]:
 def whole_request() -> tuple[int, int, int, int, int, int, bytes]:
     """The same with the whole body."""
 
-def lane(node: int, read_fd: int, write_fd: int, owns_attributes: bool = False, /) -> None:
+def lane(node: int, read_fd: int, write_fd: int, links: int = -1, in_memory: bool = False, /) -> None:
     """From now on answer READ of `node` from `read_fd` and WRITE by `write_fd`, in C; -1 is none, and leaves them to Python.
 
     The call waits while the receiver uses the node's descriptors: when it returns, what was registered before may be closed. Requests
     given to C threads use duplicates. WRITE goes to Python all the same if the caller's writing must take suid or sgid away; `write_fd`
     must therefore carry the node's real mode.
 
-    With `owns_attributes`, GETATTR and SETATTR are answered by `write_fd` as well: what fstat says of it, but for the number, is what the
-    node shows. A SETATTR that truncates, or takes suid or sgid away, goes to Python.
+    `links`: unless -1, GETATTR is answered by `read_fd` as well, which may then be a directory's, and SETATTR by `write_fd`. What fstat
+    says, but for the number, is what the node shows; its links are so many, or with 0 as many as fstat says. A SETATTR that truncates, or
+    takes suid or sgid away, goes to Python. `in_memory`: reading never waits for a disk.
     """
 
-def no_xattr(node: int, absent: bool, /) -> None:
-    """With `absent`, answer ENODATA for the node's ACLs and security.capability in C, until called with False."""
+def no_xattr(node: int, absent: bool, lists_nothing: bool = False, /) -> None:
+    """With `absent`, answer ENODATA for the node's ACLs and security.capability in C, until called with False; with `lists_nothing`,
+    LISTXATTR as well, with an empty list.
+    """
 
 def written(node: int = 0, /) -> bool:
     """Whether `node` (0: any node) was written through the lane since this was last asked."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Mapping
 
 from pyoverlay.core import attributes, change, copyup
@@ -21,8 +22,10 @@ from pyoverlay.core.policy import Fsync, Verity
 from pyoverlay.core.syscalls import RENAME_EXCHANGE
 from pyoverlay.core.view import View, failure
 
-# Bytes copied on the loop, where nothing waits for a disk: a thread costs more.
-INLINE_COPY = 256 << 10
+# Bytes copied on the loop, where nothing waits for a disk: a thread costs more. And where the copy must be on disk before it appears, which
+# takes a good disk less time than a thread takes to start and to end; once it took `SLOW`, threads do it for a while. Seconds.
+INLINE_COPY, INLINE_ORDERED = 256 << 10, 64 << 10
+_SLOW, _WHILE = 5e-3, 1.0
 
 SELF_AND_ABOVE = (b".", b"..")  # entries for which the kernel takes no reference
 _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
@@ -54,6 +57,7 @@ class Answers:
         self.copying: Mapping[Inode, object] = {}
         self.shows_writeback = False
         self.owners = None if view.owners.are_kept else view.owners
+        self._slow_until = 0.0
 
     def shown(self, inode: Inode, st: os.stat_result) -> Shown:
         uid, gid, blocks = st.st_uid, st.st_gid, self.view.blocks(inode, st)
@@ -92,14 +96,33 @@ class Answers:
             return False
         if inode.is_regular and not self._is_quick(inode, size, attributes_only=attributes_only):
             raise NotAtOnce
-        return copyup.copy_up(self.view, inode, size, attributes_only=attributes_only)
+        begin = time.monotonic()
+        is_truncated = copyup.copy_up(self.view, inode, size, attributes_only=attributes_only)
+        if (end := time.monotonic()) - begin > _SLOW:
+            self._slow_until = end + _WHILE
+        return is_truncated
 
     def _is_quick(self, inode: Inode, size: int | None, *, attributes_only: bool) -> bool:
         if attributes_only and self.view.policy.metacopy and self.view.policy.verity is not Verity.REQUIRE:
             return True
-        if copyup.must_order(self.view.upper):
+        must_order = copyup.must_order(self.view.upper)
+        if must_order and time.monotonic() < self._slow_until:
             return False
-        return (size is not None and size <= INLINE_COPY) or self.view.stat(inode).st_size <= INLINE_COPY
+        length = self.view.stat(inode).st_size
+        length = length if size is None else min(size, length)
+        return length <= (INLINE_ORDERED if must_order else INLINE_COPY) and self._is_cached(inode, 0, length)
+
+    def _is_cached(self, inode: Inode, offset: int, length: int) -> bool:
+        """Would reading these bytes not wait for a disk? Judged by the first and the last."""
+        if self.view.is_memory(inode) or not length:
+            return True
+        fd = self.view.data_fd(inode)
+        try:
+            return all(os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) >= 0 for at in {offset, offset + length - 1})
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return False
+            raise
 
     def _copied_up(self, ino: int, *, attributes_only: bool = True) -> Inode:
         inode = self.view.inode(ino)
@@ -249,6 +272,20 @@ class Answers:
         if isinstance(inode, Directory):
             return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.view.upper_fd(inode))
         return self.view.own_fd(inode)
+
+    def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int, uid: int) -> int:
+        """The bytes copied, reflinked where the file system can. NotAtOnce too where it may take its time."""
+        source = self.view.inode(ino_in)
+        if length > INLINE_COPY or not self._is_cached(source, off_in, length):
+            raise NotAtOnce
+        target = self._copied_up(ino_out, attributes_only=False)
+        upper = self.view.upper
+        upper.is_dirty = True
+        fd, fd_out = self.view.data_fd(source), self.view.data_fd(target, write=True)
+        copied = upper.calls.copy_file_range(fd, fd_out, length, off_in, off_out)
+        if uid:
+            attributes.drop_privileges_of(self.view, target)
+        return copied
 
     # -- directories
 

@@ -29,6 +29,7 @@ Direct = Callable[..., Any]
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK = 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13
 READ, WRITE = 15, 16
 FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FSYNCDIR, READDIRPLUS, RENAME2 = 20, 21, 22, 23, 24, 30, 44, 45
+COPY_FILE_RANGE, COPY_FILE_RANGE_64 = 47, 53
 
 # FATTR_* of <linux/fuse.h>
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = (1 << bit for bit in (0, 1, 2, 3, 4, 5, 7, 8, 11))
@@ -110,5 +111,7 @@ def functions(answers: Answers) -> dict[int, Direct]:
         LISTXATTR: ("listxattr", listxattr),
         REMOVEXATTR: ("removexattr", answers.removexattr),
         READDIRPLUS: ("readdir", answers.entries),
+        COPY_FILE_RANGE: ("copy_file_range", answers.copy_file_range),
+        COPY_FILE_RANGE_64: ("copy_file_range", answers.copy_file_range),
     }
     return {opcode: at_once(answers, name, method) for opcode, (name, method) in table.items()}

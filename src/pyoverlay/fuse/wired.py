@@ -21,10 +21,10 @@ from pyoverlay.core import attributes, syscalls
 from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
-from pyoverlay.core.policy import Fsync
+from pyoverlay.core.policy import Fsync, Override
 from pyoverlay.core.view import View, failure
 from pyoverlay.fuse import direct, opcodes
-from pyoverlay.fuse.answers import INLINE_COPY, Answers, Shown
+from pyoverlay.fuse.answers import Answers, NotAtOnce, Shown
 from pyoverlay.fuse.binding import Wire, pyfuse3
 from pyoverlay.fuse.ceiling import Ceiling
 from pyoverlay.fuse.operations import Operations
@@ -52,9 +52,12 @@ class WiredAnswers(Answers):
     def __init__(self, view: View, wire: Wire) -> None:
         super().__init__(view)
         self._wire = wire
+        self._shows_what_is = view.policy.override is Override.NONE  # owners and modes are those on disk
         view.after_open = self._register
         view.before_drop = self._drop
         view.cache.before_close = self._unregister
+        if view.root.in_upper:  # its descriptor is the layer's own, and none that appears
+            wire.lane(view.root.ino, view.upper_fd(view.root), -1, self._links(view.root))
 
     # -- the data lanes
 
@@ -64,20 +67,18 @@ class WiredAnswers(Answers):
         """
         if inode.is_writable:
             self.view.upper.is_dirty = True
-        # With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks.
-        owns_attributes = (
-            inode.is_writable
-            and not (inode.lower_links or inode.kept_name or inode.index_name)
-            and self.owners is None
-            and self.view.upper.override is None
-            and not self.shows_writeback
-        )
         # Whether a write takes set-user-id away is not for the mode on disk to say, where another is shown.
-        may_write = inode.is_writable and self.view.upper.override is None
-        self._wire.lane(inode.ino, inode.fd, inode.fd if may_write else -1, owns_attributes)
+        write_fd = inode.fd if inode.is_writable and self._shows_what_is else -1
+        self._wire.lane(inode.ino, inode.fd, write_fd, self._links(inode), self.view.is_memory(inode))
+
+    def _links(self, inode: Inode) -> int:
+        """For `lane`. With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks."""
+        is_plain = self._shows_what_is and self.owners is None and not (self.shows_writeback and inode.is_regular)
+        links = self.view.links_by_stat(inode) if is_plain else None
+        return -1 if links is None else links
 
     def _unregister(self, held: Held) -> None:
-        if isinstance(held, Inode) and held.is_regular:
+        if isinstance(held, Inode):
             self._wire.lane(held.ino, -1, -1)
 
     def read(self, ino: int) -> None:
@@ -97,8 +98,9 @@ class WiredAnswers(Answers):
         self._wire.no_xattr(inode.ino, False)
 
     def _note_privileges(self, inode: Inode) -> None:
-        if not _ASKED_BY_KERNEL & frozenset(self.view.listxattr(inode)):
-            self._wire.no_xattr(inode.ino, True)
+        names = self.view.listxattr(inode)
+        if not _ASKED_BY_KERNEL & frozenset(names):
+            self._wire.no_xattr(inode.ino, True, not names)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         try:
@@ -108,9 +110,14 @@ class WiredAnswers(Answers):
                 self._note_privileges(self.view.inode(ino))
             raise
 
+    def listxattr(self, ino: int, uid: int) -> list[bytes]:
+        names = super().listxattr(ino, uid)
+        if not names and not uid:
+            self._wire.no_xattr(ino, True, True)
+        return names
+
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        if name in _ASKED_BY_KERNEL:
-            self._wire.no_xattr(ino, False)
+        self._wire.no_xattr(ino, False)
         super().setxattr(ino, name, value, flags)
 
     def _made(self, parent: int, shown: Shown) -> Shown:
@@ -221,33 +228,24 @@ class WiredOperations(Operations):
     async def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int) -> int:
         """Reflinked where the file system can."""
         uid = self._wire.request()[3]
-        source = self.view.inode(ino_in)
         target = await self._copied_up(ino_out, attributes_only=False)
+        try:
+            return self.answers.copy_file_range(ino_in, off_in, ino_out, off_out, length, flags, uid)
+        except NotAtOnce:
+            return await self._copy_in_thread(self.view.inode(ino_in), off_in, target, off_out, length, uid)
+
+    async def _copy_in_thread(self, source: Inode, offset: int, target: Inode, offset_out: int, length: int, uid: int) -> int:
         fd, fd_out = self.view.data_fd(source), self.view.data_fd(target, write=True)
         self.view.upper.is_dirty = True
+        calls = self.view.upper.calls
         source.pins += 1
         try:
-            calls = self.view.upper.calls
-            if length <= INLINE_COPY and self._is_cached(source, fd, off_in, length):
-                copied = calls.copy_file_range(fd, fd_out, length, off_in, off_out)
-            else:
-                copied = await self._pinned(target, lambda: calls.copy_file_range(fd, fd_out, length, off_in, off_out))
+            copied = await self._pinned(target, lambda: calls.copy_file_range(fd, fd_out, length, offset, offset_out))
         finally:
             source.pins -= 1
         if uid:
-            self._drop_privileges(ino_out)
+            self._drop_privileges(target.ino)
         return copied
-
-    def _is_cached(self, inode: Inode, fd: int, offset: int, length: int) -> bool:
-        """Would reading these bytes not wait for a disk? Judged by the first and the last."""
-        if self.view.is_memory(inode):
-            return True
-        try:
-            return all(os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) >= 0 for at in (offset, offset + max(length, 1) - 1))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
-                return False
-            raise
 
     async def tmpfile(self, parent: int, mode: int, flags: int, ctx: opcodes.Caller) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """O_TMPFILE."""

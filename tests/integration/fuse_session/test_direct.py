@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 import random
 import struct
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.wire]
 
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK = 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13
 READ, WRITE, FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR = 15, 16, 20, 21, 22, 23, 24
-FSYNCDIR, BATCH_FORGET, READDIRPLUS, RENAME2, COPY_FILE_RANGE = 30, 42, 44, 45, 47
+FSYNCDIR, BATCH_FORGET, READDIRPLUS, RENAME2 = 30, 42, 44, 45
 FOREVER = 1_000_000_000
 
 SERVER = """
@@ -38,6 +39,13 @@ calls = []
 file = tempfile.TemporaryFile()
 file.write(b"lane")
 file.flush()
+
+directory = os.open("/", os.O_PATH)
+wire.lane(900, directory, -1, 3)
+wire.lane(901, file.fileno(), file.fileno(), 0)
+wire.lane(902, file.fileno(), -1)
+wire.no_xattr(900, True, True)
+wire.no_xattr(901, True)
 
 def recording(result):
     def function(*arguments):
@@ -68,6 +76,7 @@ class Operations(pyfuse3.Operations):
         8: recording(shown), 9: recording(shown), 10: recording(None), 11: recording(-errno.ENOTEMPTY), 12: recording(None),
         13: recording(shown), 15: read, 16: recording(NotImplemented), 20: fsync, 21: recording(None), 22: getxattr,
         23: recording(b"user.a\\0user.b\\0"), 24: recording(None), 30: fsync, 45: recording(None), 47: recording(12345),
+        53: recording(12345),
         44: recording(lambda node, offset, room: [(1, b".", shown), (3, b"name", shown), (9, b"x" * 255, shown)]),
     }
     async def lookup(self, parent, name, ctx):
@@ -130,7 +139,7 @@ REQUESTS: list[tuple[int, bytes, tuple[Any, ...], int, bytes]] = [
     (LISTXATTR, struct.pack("<II", 0, 0), (5, 0), 0, struct.pack("<II", 14, 0)),
     (LISTXATTR, struct.pack("<II", 13, 0), (5, 0), errno.ERANGE, b""),
     (REMOVEXATTR, b"user.a\0", (5, b"user.a"), 0, b""),
-    (COPY_FILE_RANGE, struct.pack("<7Q", 1, 2, 3, 4, 5, 6, 0), (5, 2, 3, 5, 6, 0, 0), 0, struct.pack("<II", 12345, 0)),
+    *((opcode, struct.pack("<7Q", 1, 2, 3, 4, 5, 6, 0), (5, 2, 3, 5, 6, 0, 0), 0, struct.pack("<Q", 12345)) for opcode in (47, 53)),
 ]
 
 
@@ -184,6 +193,36 @@ def test_entries_are_packed_as_far_as_they_fit(kernel: Kernel) -> None:
     for room, answer in ((4096, whole), (len(whole), whole), (len(whole) - 1, whole[:320]), (100, b"")):
         assert kernel.ask(READDIRPLUS, struct.pack("<QQIIQII", 0, 7, room, 0, 0, 0, 0), 5) == (0, answer)
         assert calls(kernel)[-1] == (5, 7, room)
+    assert kernel.end() == 0
+
+
+@pytest.mark.parametrize(("node", "links"), [(900, 3), (901, 0), (902, 2)], ids=["given", "counted", "function"])
+def test_attributes_come_from_the_descriptor_with_the_links_that_it_was_given(kernel: Kernel, node: int, links: int) -> None:
+    """Of a file without a name fstat counts none; of the last node no links are known, so the function is asked."""
+    error, answer = kernel.ask(GETATTR, bytes(16), node)
+    ino, mode, shown_links = (*struct.unpack_from("<16xQ", answer), *struct.unpack_from("<76xII", answer))
+    assert (error, ino, shown_links) == (0, node if node != 902 else 77, links)
+    assert mode == (os.stat("/").st_mode if node == 900 else 0o100600 if node == 901 else 0o100644)
+    assert len(calls(kernel)) == (node == 902)
+    assert kernel.end() == 0
+
+
+def test_attributes_are_changed_through_a_descriptor_that_writes_and_by_the_function_else(kernel: Kernel) -> None:
+    wanted = struct.pack("<II60xI16x", 1, 0, 0o640)
+    for node, asked in ((901, 0), (900, 1), (902, 2)):
+        error, answer = kernel.ask(SETATTR, wanted, node)
+        assert (error, len(answer)) == (0, len(ATTRIBUTES))
+        assert len(calls(kernel)) == asked
+    assert struct.unpack_from("<76xI", kernel.ask(GETATTR, bytes(16), 901)[1]) == (0o100640,)
+    assert kernel.end() == 0
+
+
+def test_a_list_that_is_known_to_be_empty_is_not_asked_for(kernel: Kernel) -> None:
+    for size, answer in ((0, bytes(8)), (100, b"")):
+        assert kernel.ask(LISTXATTR, struct.pack("<II", size, 0), 900) == (0, answer)
+    assert kernel.ask(GETXATTR, bytes(8) + b"system.posix_acl_access\0", 900) == (errno.ENODATA, b"")
+    assert kernel.ask(LISTXATTR, struct.pack("<II", 100, 0), 901) == (0, b"user.a\0user.b\0")
+    assert calls(kernel) == [(901, 0)]
     assert kernel.end() == 0
 
 
