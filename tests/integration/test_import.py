@@ -110,6 +110,16 @@ def test_device_nodes_are_refused_unless_allowed(tmp_path: Path) -> None:
     assert os.stat(Path(lower, "null")).st_rdev == os.makedev(1, 3)
 
 
+def test_standard_input_is_a_source(tmp_path: Path) -> None:
+    """`docker save app | pyoverlay import - DIR`."""
+    saved = archive(*saved_image([archive(file(b"f", b"content"))]))
+    argv = command("import", "-", tmp_path / "store")
+    result = subprocess.run(argv, check=True, input=saved, capture_output=True, timeout=60)
+    assert Path(result.stdout.decode().strip(), "f").read_bytes() == b"content"
+    large = subprocess.run([*argv, "--max-size", "1K"], check=False, input=saved, capture_output=True, timeout=60)
+    assert large.stderr.startswith(b"pyoverlay: -: more than 1024 bytes when unpacked (File too large)")
+
+
 def test_usage_is_checked(tmp_path: Path) -> None:
     cases: dict[str, list[str | Path]] = {
         "Missing argument": [],

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from pyoverlay.core.policy import Policy
@@ -113,6 +113,7 @@ def test_layers_that_were_exported_and_unpacked_show_the_same_tree(tmp_path: Pat
         derandomize="PYOVERLAY_LAYERS" not in os.environ,
         database=None,
         deadline=None,
+        phases=(Phase.generate,),  # to shrink takes minutes: what fails is shown as it was drawn
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
+import types
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +316,29 @@ def test_a_manifest_must_agree_with_its_configuration(tmp_path: Path, imports: I
 def test_what_is_no_archive_is_refused_in_words(tmp_path: Path, imports: Import, content: bytes, reason: str) -> None:
     with pytest.raises(Refusal, match=reason):
         imports(written(tmp_path / "f", content))
+
+
+def test_zstd_is_read_where_python_has_it(tmp_path: Path, imports: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.14's module by what its documentation says of it, with zlib's format inside: what is asked of it, and what of its errors."""
+
+    class ZstdFile:
+        def __init__(self, file: io.RawIOBase, mode: str) -> None:
+            assert mode == "r"
+            assert file.read(4) == MAGIC
+            self._content = io.BytesIO(zlib.decompress(file.read(1 << 20)))
+
+        def read(self, size: int) -> bytes:
+            return self._content.read(size)
+
+    monkeypatch.setitem(sys.modules, "compression", types.ModuleType("compression"))
+    module = types.ModuleType("compression.zstd")
+    module.__dict__.update(ZstdFile=ZstdFile, ZstdError=zlib.error)
+    monkeypatch.setitem(sys.modules, "compression.zstd", module)
+    layer = written(tmp_path / "layer.tar.zst", MAGIC + zlib.compress(BASE))
+    assert lowers(imports(layer)) == [digest(BASE)[7:]]
+
+
+MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def test_paths_that_cannot_be_imported_are_refused(tmp_path: Path, imports: Import) -> None:

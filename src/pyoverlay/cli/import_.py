@@ -15,13 +15,13 @@ from pyoverlay.image.unpacking import Terms
 
 EPILOG = """\b
 SOURCE is a `docker save` archive, an OCI layout (directory or archive) or the tar archive of one layer,
-gzip or not; several are put on top of one another, the first lowest. A layer is unpacked once, whoever
-has it. Archives are not trusted: what would leave DIR, or is malformed, is refused.
+gzip or not; - is standard input. Several are put on top of one another, the first lowest. A layer is
+unpacked once, whoever has it. Archives are not trusted: what would leave DIR, or is malformed, is refused.
 
 \b
 Examples:
   pyoverlay mount "$(pyoverlay import app.tar /srv/images)" ~/upper ~/merged
-  pyoverlay import --tag 1.0 ./layout changes.tar /srv/images
+  docker save app:1.0 | pyoverlay import - changes.tar /srv/images
 """
 
 

@@ -14,6 +14,7 @@ import platform
 import posixpath
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,14 +79,14 @@ class Files(Protocol):
 
 @contextmanager
 def opened(path: bytes, scratch: bytes, limit: int, wanted: str | None) -> Iterator[Image]:
-    """The image or layer at `path`, while the block lasts.
+    """The image or layer at `path`, `-` for standard input, while the block lasts.
 
     scratch: a directory for a compressed archive that has to be read out of order. limit: bytes that it may have uncompressed. wanted: a
     name or tag, where there are several images; a single layer has none and needs none. Raises Refusal.
     """
     with ExitStack() as held:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = _standard_input(scratch, limit) if path == b"-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             held.callback(os.close, fd)
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):
@@ -103,6 +104,14 @@ def opened(path: bytes, scratch: bytes, limit: int, wanted: str | None) -> Itera
         except OSError as error:
             raise Refusal.of(error, path) from error
         yield image
+
+
+def _standard_input(scratch: bytes, limit: int) -> int:
+    """A descriptor of a copy, since what is imported is read more than once."""
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        Measured(sys.stdin.buffer.read, limit, file.write).drain()
+        file.flush()
+        return os.dup(file.fileno())
 
 
 def too_large(path: bytes, limit: int) -> Refusal:

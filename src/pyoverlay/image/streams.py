@@ -84,9 +84,9 @@ def uncompressed(compressed: Measured, head: bytes) -> Read:
     The reader returns what was asked for, except at the end.
     """
     if head.startswith(b"\x1f\x8b"):
-        return _checked(gzip.GzipFile(fileobj=cast("BinaryIO", compressed), mode="rb").read)
+        return _checked(gzip.GzipFile(fileobj=cast("BinaryIO", compressed), mode="rb").read, gzip.BadGzipFile, zlib.error)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return _checked(_zstd(compressed))
+        return _zstd(compressed)
     for magic, name in _OTHERS.items():
         if head.startswith(magic):
             raise MalformedArchive(f"it is compressed with {name}: unpack it first, or use gzip")
@@ -104,16 +104,16 @@ def _zstd(compressed: Measured) -> Read:
         module = importlib.import_module("compression.zstd")
     except ImportError:
         raise MalformedArchive("it is compressed with zstd, which Python reads from 3.14 on: unpack it with `zstd -d` first") from None
-    return cast("Read", module.ZstdFile(compressed, "r").read)
+    return _checked(module.ZstdFile(compressed, "r").read, module.ZstdError)
 
 
-def _checked(read: Read) -> Read:
+def _checked(read: Read, *damages: type[Exception]) -> Read:
     def checked(size: int) -> bytes:
         try:
             return read(size)
         except EOFError:
             raise MalformedArchive("its compressed data is cut off") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
+        except damages as error:
             raise MalformedArchive(f"its compressed data is damaged: {error}") from error
 
     return checked
