@@ -301,9 +301,10 @@ def test_root_sees_a_user_s_mounts_and_a_user_the_own_ones(mounted: Overlay, hom
     status, userxattr, daemon = told.split()
     try:
         assert (status, userxattr) == ("up", "true")
-        monkeypatch.delenv("PYOVERLAY_RUNTIME_DIR")
-        assert printed("ps", "--filter", f"upper={home}/upper", "--format", "{{.Pid}}") == [daemon]
-        assert printed("diff", home / "upper") == ["D /f", "A /new"]
+        with monkeypatch.context() as without:
+            without.delenv("PYOVERLAY_RUNTIME_DIR")
+            assert printed("ps", "--filter", f"upper={home}/upper", "--format", "{{.Pid}}") == [daemon]
+            assert printed("diff", home / "upper") == ["D /f", "A /new"]
     finally:
         os.kill(int(daemon), signal.SIGTERM)
         assert wait_for_end([int(daemon)], 10) == []
