@@ -70,9 +70,16 @@ class Case:
     is_redirect: bool = False  # renames a directory that a lower has part in, which `user.` marks cannot express
     metacopy: bool = False  # with metacopy=on, which `user.` marks exclude
     index: bool = False  # with index=on, which root alone can have
+    userxattr: bool = False  # with `user.` marks, whoever does it
 
     def policy(self, policy: Policy) -> Policy:
-        return replace(policy, metacopy=self.metacopy, index=self.index)
+        return replace(policy, metacopy=self.metacopy, index=self.index, userxattr=policy.userxattr or self.userxattr)
+
+    def kernel_options(self) -> tuple[str, ...]:
+        """Those by which the kernel's overlay reads what the case has written."""
+        if self.userxattr:
+            return ("userxattr",)
+        return ("redirect_dir=on", f"index={'on' if self.index else 'off'}", "metacopy=on")
 
 
 CASES = {
@@ -187,6 +194,15 @@ INDEX = {
 }
 CASES |= {name: replace(case, index=True) for name, case in INDEX.items()}
 
+DETACHED = {
+    "rename_by_copying_a_lower_directory": Case(lambda m: m.rename("full", "new")),
+    "rename_by_copying_a_merged_directory": Case(
+        lambda m: m.rename("directory", "empty/new"), steps(lambda m: m.unlink("directory/below"), lambda m: m.create("directory/deep/new"))
+    ),
+    "exchange_by_copying": Case(lambda m: m.rename("directory", "full", RENAME_EXCHANGE)),
+}
+CASES |= {name: replace(case, userxattr=True) for name, case in DETACHED.items()}
+
 # What ends with an fsync: after it all that the case did must survive, whatever happens.
 DURABLE = {
     "create_and_fsync": Case(steps(lambda m: m.create("directory/deep/new", b"content"), lambda m: m.fsync("directory/deep/new"))),
@@ -214,6 +230,6 @@ def without_devices(merged: Merged) -> None:
 WITHOUT_DEVICES = {
     f"{name}_without_devices": replace(case, prepare=steps(without_devices, case.prepare))
     for name, case in CASES.items()
-    if name.startswith(("unlink", "rmdir", "create_over", "mkdir_over", "rename")) and not (case.metacopy or case.index)
+    if name.startswith(("unlink", "rmdir", "create_over", "mkdir_over", "rename")) and not (case.metacopy or case.index or case.userxattr)
 }
 ALL = CASES | DURABLE | WITHOUT_DEVICES

@@ -79,7 +79,7 @@ class Bed:
         """The tree that the kernel shows, over the same work directory."""
         overlay = KernelOverlay(
             self.lowers, self.base / "upper", self.base / "merged",
-            ("redirect_dir=on", f"index={'on' if self.case.index else 'off'}", "metacopy=on"), work_directory=self.base / "work",
+            self.case.kernel_options(), work_directory=self.base / "work",
         )  # fmt: skip
         overlay.mount()
         try:
