@@ -183,7 +183,7 @@ def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes) -> None:
         if error.errno != errno.ENOTEMPTY:
             raise
         temporary = upper.temporary()
-        upper.calls.rename(dirfd, name, upper.work_fd, temporary)
+        upper.move(dirfd, name, upper.work_fd, temporary)
         upper.discard(temporary)
 
 
@@ -258,7 +258,7 @@ def exchange_for_whiteout(view: View, parent: Directory, name: bytes) -> None:
     upper = view.upper
     temporary = upper.whiteout()
     with discarded_on_failure(upper, temporary):
-        upper.calls.rename(upper.work_fd, temporary, view.upper_fd(parent), name, syscalls.RENAME_EXCHANGE)
+        upper.move(view.upper_fd(parent), name, upper.work_fd, temporary, syscalls.RENAME_EXCHANGE)
     upper.discard(temporary)
 
 
@@ -537,7 +537,7 @@ def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Calle
             upper.calls.rename(nursery, temporary, dirfd, name)
             return
         upper.set_mark(nursery, temporary, marks.OPAQUE, b"y")
-        upper.calls.rename(nursery, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
+        upper.move(nursery, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
         try:
             upper.calls.unlink(temporary, nursery)  # the whiteout
         except OSError:

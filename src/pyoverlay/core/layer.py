@@ -444,12 +444,36 @@ class Upper(Layer):
             with self._open_to_owner(dirfd, name):
                 return super().read_xattr(dirfd, name, attribute)
 
+    def scan(self, dirfd: int) -> list[os.DirEntry[str]]:
+        """As of any layer, of a directory closed to its owner too: rmdir(2), which asks whether it is empty, needs no right to read it."""
+        try:
+            return super().scan(dirfd)
+        except PermissionError:
+            with self._open_to_owner(dirfd, b""):
+                return super().scan(dirfd)
+
+    def move(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes, flags: int = 0) -> None:
+        """rename of a directory to or from the work directory. Its parent is written into it (vfs_rename), which its mode may deny to a
+        daemon that is its owner and no more.
+        """
+        try:
+            self.calls.rename(dirfd, name, new_dirfd, new, flags)
+        except PermissionError as error:
+            if error.errno != errno.EACCES:
+                raise
+            moved = self.pin(dirfd, name)
+            try:
+                with self._open_to_owner(moved, b""):
+                    self.calls.rename(dirfd, name, new_dirfd, new, flags)
+            finally:
+                os.close(moved)
+
     @contextmanager
     def _open_to_owner(self, dirfd: int, name: bytes) -> Iterator[None]:
-        """Inside, the owner may read and write: for a daemon that is this owner and no more. EPERM, EACCES: it is somebody else's."""
+        """Inside, the owner may do everything: for a daemon that is this owner and no more. EPERM, EACCES: it is somebody else's."""
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd)
         mode = stat.S_IMODE(st.st_mode)
-        self.calls.let_us_in(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+        self.calls.let_us_in(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR | (stat.S_IXUSR if stat.S_ISDIR(st.st_mode) else 0))
         try:
             yield
         finally:
@@ -502,7 +526,13 @@ class Upper(Layer):
 
     def set_mark(self, dirfd: int, name: bytes, mark: bytes, value: bytes) -> None:
         self.is_dirty = True
-        self.calls.setxattr(dirfd, name, self.mark_prefix + mark, value, 0)
+        try:
+            self.calls.setxattr(dirfd, name, self.mark_prefix + mark, value, 0)
+        except PermissionError as error:
+            if error.errno != errno.EACCES:  # EPERM: this kind of object takes no such mark
+                raise
+            with self._open_to_owner(dirfd, name):
+                self.calls.setxattr(dirfd, name, self.mark_prefix + mark, value, 0)
 
     def is_whiteout(self, dirfd: int, name: bytes, st: os.stat_result, *, has_xattr_whiteouts: bool) -> bool:
         if marks.is_whiteout_device(st):

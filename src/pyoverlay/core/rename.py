@@ -133,7 +133,7 @@ def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None
         if inode.lowers:
             _set_redirect(view, inode, entry, is_same_parent=to is entry.parent)
         elif to.lowers and not inode.is_opaque:
-            view.upper.set_mark(view.upper_fd(inode), b".", marks.OPAQUE, b"y")
+            view.upper.set_mark(view.upper_fd(inode), b"", marks.OPAQUE, b"y")
             inode.is_opaque = True
     else:
         keep_data_found(view, inode)
@@ -209,7 +209,7 @@ def _empty(view: View, directory: Directory, entry: Entry) -> None:
         upper.set_mark(upper.work_fd, temporary, marks.OPAQUE, b"y")  # before the mode, which may forbid it to an ordinary user
         copy_attributes(upper, Place(upper, dirfd, entry.name), old, temporary)
         new = os.stat(temporary, dir_fd=upper.work_fd, follow_symlinks=False)
-        upper.calls.rename(upper.work_fd, temporary, dirfd, entry.name, RENAME_EXCHANGE)
+        upper.move(upper.work_fd, temporary, dirfd, entry.name, RENAME_EXCHANGE)
         # Should the rename that follows fail, the directory lives on as this one.
         view.cache.close(directory)
         view.table.remove_key(directory, key_of(UPPER, old.st_ino))

@@ -205,7 +205,7 @@ class View:
         if not inode.in_upper:
             return self.lower_place(inode)
         if isinstance(inode, Directory):
-            return Place(self.upper, self.upper_fd(inode), b".")
+            return Place(self.upper, self.upper_fd(inode), b"")
         if inode.parent is None:
             return self._place_without_name(inode)
         return Place(self.upper, self.upper_fd(inode.parent), inode.name)
@@ -307,7 +307,7 @@ class View:
             if fd >= 0:
                 return self.upper.fstat(fd)
         layer, dirfd, name = self.place(inode)
-        st = layer.stat(dirfd, name) if name else layer.fstat(dirfd)
+        st = layer.stat(dirfd, name) if name not in (b"", b".") else layer.fstat(dirfd)  # "." needs the right to search it
         if st is None:
             raise failure(errno.ESTALE)
         return st

@@ -275,7 +275,7 @@ class WiredOperations(Operations):
         if not isinstance(inode, Directory):
             raise failure(errno.ENOTTY)
         place = self.view.place(inode)
-        fd = os.open(place.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.dirfd)
+        fd = os.open(place.name or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.dirfd)
         try:
             return call(fd)
         finally:
