@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 
 from pyoverlay.core import attributes, overrides
 from pyoverlay.core.attributes import Wanted
-from pyoverlay.core.change import Caller, create, mkdir, tmpfile
+from pyoverlay.core.change import Caller, create, mkdir, mknod, symlink, tmpfile
 from pyoverlay.core.overrides import Override
 from pyoverlay.core.policy import Override as Kept
 from pyoverlay.testing import Directory, File, Symlink
@@ -53,6 +54,32 @@ def test_what_is_no_override_is_refused(value: bytes) -> None:
 
 def test_what_is_written_is_what_engines_write() -> None:
     assert overrides.encode(Override(1000, 100, 0o4755)) == b"1000:100:4755"
+
+
+@pytest.mark.root
+def test_what_can_bear_no_attribute_is_given_away_itself(stack: StackFactory) -> None:
+    one = stack(upper={"group": Directory({}, 0o700, xattrs={NAME: b"0:77:2775"})}, policy=OVERRIDDEN)
+    view, caller = one.merged.view, Caller(1000, 100, 0o027)
+    group = view.directory(one.merged.ino("group"))
+    for parent, gid in ((view.root, 100), (group, 77)):
+        symlink(view, parent, b"symlink", b"x", caller)
+        mknod(view, parent, b"fifo", stat.S_IFIFO | 0o666, 0, caller)
+        for name, mode in ((b"symlink", 0o777), (b"fifo", 0o640)):
+            found = view.lookup(parent, name)
+            assert found is not None
+            assert (found[1].st_uid, found[1].st_gid, stat.S_IMODE(found[1].st_mode)) == (1000, gid, mode)
+
+
+def test_there_are_no_acls(stack: StackFactory) -> None:
+    entries = ((1, 6, 0), (2, 4, 7), (4, 4, 0), (16, 4, 0), (32, 0, 0))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    name = "system.posix_acl_access"
+    one = stack({"f": File("x", 0o640, xattrs={name: acl})}, policy=OVERRIDDEN)
+    assert code(lambda: one.merged.getxattr("f", name)) == "ENODATA"
+    assert code(lambda: one.merged.setxattr("f", name, acl)) == "ENOTSUP"
+    assert one.merged.listxattr("f") == []
+    one.merged.chmod("f", 0o600)
+    assert name not in os.listxattr(one.upper / "f")
 
 
 @pytest.mark.parametrize("name", [NAME, pytest.param("security.fuseoverlayfs.override_stat", marks=pytest.mark.root)])

@@ -92,7 +92,7 @@ def _refuse_unreadable(inode: Inode, name: bytes) -> None:
 
 def _refuse_private(upper: Upper, name: bytes) -> None:
     if upper.override is not None and is_private(name):
-        raise failure(errno.EPERM)
+        raise failure(errno.EOPNOTSUPP if name in ACLS else errno.EPERM)
 
 
 def write(view: View, inode: Inode, data: bytes, offset: int) -> int:

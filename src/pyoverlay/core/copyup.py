@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Layer, Place, Upper, tolerated
+from pyoverlay.core.overrides import is_private
 from pyoverlay.core.policy import Fsync, Verity
 from pyoverlay.core.view import View, failure
 
@@ -424,7 +425,7 @@ def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
     for attribute in source.layer.listxattr(source.dirfd, source.name):
         if attribute.startswith(upper.mark_prefix) and marks.unescape_xattr(attribute, upper.mark_prefix) is None:
             continue
-        if (source.layer.is_nosuid and attribute == CAPABILITY) or attribute == upper.override:
+        if (source.layer.is_nosuid and attribute == CAPABILITY) or (upper.override is not None and is_private(attribute)):
             continue
         value = source.layer.getxattr(source.dirfd, source.name, attribute)
         if value is None:

@@ -3,7 +3,7 @@
 The attribute is `UID:GID:MODE`, decimal, decimal, octal, of a regular file or a directory; a type may follow after another colon. It is
 containers/storage's (pkg/idtools, ContainersOverrideXattr: `user.containers.override_stat`, which force_mask makes it write into its
 layers) and fuse-overlayfs's (`security.fuseoverlayfs.override_stat`). What bears none is what it says by itself, and so is everything that
-is neither file nor directory: `user.*` is not for those.
+is neither file nor directory: `user.*` is not for those. POSIX ACLs are not there: on disk they would go with another owner and mode.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pyoverlay.core.calls import Calls, proc_path
@@ -52,7 +52,7 @@ def encode(override: Override) -> bytes:
 
 def is_private(name: bytes) -> bool:
     """Is this attribute nobody's but the overlay's? Whoever could write it would choose who owns a file, and set-user-id."""
-    return name.startswith((b"user.containers.override_", b"security.fuseoverlayfs.", b"user.fuseoverlayfs."))
+    return name.startswith((b"user.containers.override_", b"security.fuseoverlayfs.", b"user.fuseoverlayfs.", b"system.posix_acl_"))
 
 
 def shown(st: os.stat_result, attribute: bytes, path: bytes | int, *, follow_symlinks: bool) -> os.stat_result:
@@ -107,9 +107,21 @@ class OverridingCalls(Calls):
             self._write(dirfd, name, self._inherited(dirfd, mode, is_directory=True))
 
     def mknod(self, name: bytes, mode: int, rdev: int, dirfd: int) -> None:
-        super().mknod(name, mode & ~0o7777 | 0o600 if stat.S_ISREG(mode) else mode, rdev, dirfd)
-        if stat.S_ISREG(mode) and self._maker is not None:
-            self._write(dirfd, name, self._inherited(dirfd, mode, is_directory=False))
+        if self._maker is None:
+            super().mknod(name, mode, rdev, dirfd)
+            return
+        wanted = self._inherited(dirfd, mode, is_directory=False)
+        super().mknod(name, stat.S_IFMT(mode) | (0o600 if stat.S_ISREG(mode) else wanted.mode), rdev, dirfd)
+        if stat.S_ISREG(mode):
+            self._write(dirfd, name, wanted)
+        else:
+            self.chown(dirfd, name, wanted.uid, wanted.gid)
+
+    def symlink(self, target: bytes, name: bytes, dirfd: int) -> None:
+        super().symlink(target, name, dirfd)
+        if self._maker is not None:
+            wanted = self._inherited(dirfd, 0, is_directory=False)
+            self.chown(dirfd, name, wanted.uid, wanted.gid)
 
     def chmod(self, dirfd: int, name: bytes, mode: int) -> None:
         st = self._stat(dirfd, name)
@@ -127,8 +139,11 @@ class OverridingCalls(Calls):
             mode = old.mode & ~gone if stat.S_ISREG(st.st_mode) else old.mode
             self._write(dirfd, name, Override(old.uid if uid == -1 else uid, old.gid if gid == -1 else gid, mode))
         else:
-            with suppress(PermissionError):
+            try:
                 super().chown(dirfd, name, uid, gid)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EINVAL):  # no privilege, or no such id in this user namespace
+                    raise
 
     def _stat(self, dirfd: int, name: bytes) -> os.stat_result:
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd)
