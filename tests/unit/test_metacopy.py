@@ -268,3 +268,15 @@ def test_an_unlinked_metacopy_can_still_be_read_and_completed(stack: StackFactor
     copyup.copy_up(one.merged.view, inode)
     assert one.merged.view.has_upper_data(inode)
     assert one.merged.read_inode(inode) == DATA
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_new_name_by_one_that_the_upper_lacks_finds_the_data(stack: StackFactory, index: bool) -> None:
+    """The copy has no name in the upper any more, so nothing there says where its data lie."""
+    one = stack({"a": DATA, "b": HardLink("a")}, policy=replace(COPYING, index=index))
+    one.merged.chmod("a", 0o600)
+    one.merged.unlink("a")
+    one.merged.link("b", "new")
+    one.merged.unlink("b")
+    assert one.merged.read("new") == DATA
+    assert one.open().read("new") == DATA

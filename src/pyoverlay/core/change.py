@@ -289,10 +289,10 @@ def bring_up(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
 
 def keep_data_found(view: View, inode: Inode) -> None:
     """Before a metacopy of the upper gets another name: say on it where its data are found, or give it the data (ovl_set_redirect)."""
-    if inode.metacopy is None or inode.parent is None:
+    if inode.metacopy is None:
         return
-    if view.policy.redirect_dir is not RedirectDir.ON:
-        copy_up(view, inode)
+    if inode.parent is None or view.policy.redirect_dir is not RedirectDir.ON:
+        copy_up(view, inode)  # without a name in the upper it has no path that a redirect could say
         return
     dirfd = view.upper_fd(inode.parent)
     redirect = view.upper.getmark(dirfd, inode.name, marks.REDIRECT)
