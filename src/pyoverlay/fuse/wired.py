@@ -97,18 +97,18 @@ class WiredAnswers(Answers):
     def _drop(self, inode: Inode) -> None:
         self._wire.no_xattr(inode.ino, False)
 
-    def _note_privileges(self, inode: Inode) -> None:
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        inode = self.view.inode(ino)
+        if name in _ASKED_BY_KERNEL and (inode.is_regular or isinstance(inode, Directory)) and not self._may_have(inode, name):
+            raise failure(errno.ENODATA)
+        return super().getxattr(ino, name)
+
+    def _may_have(self, inode: Inode, name: bytes) -> bool:
+        """One list tells of this attribute and of those that will be asked for next."""
         names = self.view.listxattr(inode)
         if not _ASKED_BY_KERNEL & frozenset(names):
             self._wire.no_xattr(inode.ino, True, not names)
-
-    def getxattr(self, ino: int, name: bytes) -> bytes:
-        try:
-            return super().getxattr(ino, name)
-        except OSError as error:
-            if error.errno == errno.ENODATA and name in _ASKED_BY_KERNEL:
-                self._note_privileges(self.view.inode(ino))
-            raise
+        return name in names
 
     def listxattr(self, ino: int, uid: int) -> list[bytes]:
         names = super().listxattr(ino, uid)
