@@ -30,11 +30,12 @@ class Mount:
 
     def option(self, name: bytes) -> bytes | None:
         """The value of a super block option; None where it is not there."""
-        for option in self.options.split(b","):  # a comma inside a value is printed as an octal escape
-            key, equals, value = option.partition(b"=")
-            if key == name and equals:
-                return _unescaped(value)
-        return None
+        return next(iter(self.values(name)), None)
+
+    def values(self, name: bytes) -> tuple[bytes, ...]:
+        """The values of a super block option that may be there several times."""
+        options = (option.partition(b"=") for option in self.options.split(b","))  # a comma inside a value is printed as an octal escape
+        return tuple(_unescaped(value) for key, equals, value in options if key == name and equals)
 
 
 def open_mountinfo() -> int:

@@ -270,6 +270,39 @@ def test_diff_as_podman_prints_it(mounted: Overlay) -> None:
     }  # fmt: skip
 
 
+def test_diff_of_a_mount_of_the_kernel_s_overlay(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a:b": {"f": "1", "d": {"x": ""}}, "c,d": {"g": ""}, "upper": {}, "merged": {}})
+    made = KernelOverlay((tmp_path / "a:b", tmp_path / "c,d"), tmp_path / "upper", tmp_path / "merged")
+    made.mount()
+    try:
+        (made.merged / "d").rename(made.merged / "e")
+        (made.merged / "g").unlink()
+        assert printed(made.merged) == ["D /d", "A /e", "A /e/x", "D /g"]
+    finally:
+        made.close()
+
+
+def test_diff_of_a_read_only_mount_of_the_kernel_s_says_so(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a": {}, "b": {}, "merged": {}})
+    subprocess.run(["mount", "-t", "overlay", "o", "-o", f"lowerdir={tmp_path}/a:{tmp_path}/b", tmp_path / "merged"], check=True)
+    try:
+        result = pyoverlay_diff(tmp_path / "merged")
+        assert (result.returncode, b"mounted read-only" in result.stderr) == (1, True)
+    finally:
+        subprocess.run(["umount", tmp_path / "merged"], check=True)
+
+
+def test_diff_of_a_kernel_mount_by_relative_paths_says_what_to_name(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a": {}, "upper": {}, "work": {}, "merged": {}})
+    options = "lowerdir=a,upperdir=upper,workdir=work"
+    subprocess.run(["mount", "-t", "overlay", "o", "-o", options, tmp_path / "merged"], check=True, cwd=tmp_path)
+    try:
+        result = pyoverlay_diff(tmp_path / "merged")
+        assert (result.returncode, b"name its upper, and the layers below with --lower" in result.stderr) == (1, True)
+    finally:
+        subprocess.run(["umount", tmp_path / "merged"], check=True)
+
+
 def test_diff_passes_the_bytes_of_a_name_on(overlay: OverlayFactory) -> None:
     made = overlay({})
     (made.merged / os.fsdecode(b"no utf\xff\n")).touch()

@@ -189,12 +189,18 @@ def test_inspect_has_the_shape_of_docker_s(mounted: Overlay) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", mount["State"]["StartedAt"])
 
 
-def test_inspect_counts_requests(mounted: Overlay) -> None:
-    before = told("inspect", "-f", "{{json .Requests}}", mounted.merged)
+@pytest.mark.parametrize("wire", ["1", "0"], ids=["with the extension", "without"])
+def test_inspect_counts_requests(overlay: OverlayFactory, monkeypatch: pytest.MonkeyPatch, wire: str) -> None:
+    """Asking opens no path in the daemon, which a path could lead into its own mount; here one would end it."""
+    monkeypatch.setenv("PYOVERLAY_WIRE", wire)
+    monkeypatch.setenv("PYOVERLAY_FORBID_PATHS", "1")
+    made = overlay({})
+    before = told("inspect", "-f", "{{json .Requests}}", made.merged)
     for number in range(5):
-        os.mkdir(mounted.merged / str(number))
-    after = told("inspect", "-f", "{{json .Requests}}", mounted.merged)
-    assert after["mkdir"] == before.get("mkdir", 0) + 5
+        os.mkdir(made.merged / str(number))
+    os.rename(made.merged / "0", made.merged / "a")
+    after = told("inspect", "-f", "{{json .Requests}}", made.merged)
+    assert (after["mkdir"], after["rename"]) == (before.get("mkdir", 0) + 5, before.get("rename", 0) + 1)
 
 
 def test_inspect_by_a_template(mounted: Overlay) -> None:

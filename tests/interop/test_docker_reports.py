@@ -29,6 +29,7 @@ class Container:
 
     lines: list[str]
     upper: Path
+    merged: Path
     lowers: str
     size: int
     printed_size: str
@@ -52,7 +53,8 @@ def container(shared_docker: Docker, tmp_path_factory: pytest.TempPathFactory) -
         case.change(Path(data["MergedDir"]) / NAMES[case.name])
     size = int(docker("inspect", "-s", "-f", "{{.SizeRw}}", "cases"))
     printed_size = docker("ps", "-s", "--format", "{{.Size}}").partition(" ")[0]
-    yield Container(docker("diff", "cases").splitlines(), Path(data["UpperDir"]), data["LowerDir"], size, printed_size)
+    upper, merged = Path(data["UpperDir"]), Path(data["MergedDir"])
+    yield Container(docker("diff", "cases").splitlines(), upper, merged, data["LowerDir"], size, printed_size)
     shared_docker.remove_containers()
 
 
@@ -64,9 +66,9 @@ def test_docker_diff_prints_the_golden_lines(container: Container, case: Case) -
 
 
 def test_pyoverlay_diff_of_the_container_s_layers_prints_the_same_lines(container: Container) -> None:
-    argv = command("diff", "--lower", container.lowers, container.upper)
-    lines = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
-    assert sorted(lines) == sorted(container.lines)
+    for argv in (command("diff", "--lower", container.lowers, container.upper), command("diff", container.merged)):
+        lines = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+        assert sorted(lines) == sorted(container.lines)
 
 
 def test_the_upper_is_as_large_as_docker_says_and_printed_so(container: Container) -> None:

@@ -7,16 +7,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pyoverlay import mountinfo
 from pyoverlay.core import syscalls
 from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
 from pyoverlay.core.view import View
 from pyoverlay.errors import Refusal
-from pyoverlay.report import mounts
+from pyoverlay.report import kernel_overlay, mounts
 from pyoverlay.report.changes import Comparison, masked
 from pyoverlay.report.mounts import Mount, State
 
-_OVERLAYS = {0x65735546: "FUSE", 0x794C7630: "overlay"}  # FUSE_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC of <linux/magic.h>
+_FUSE, _OVERLAY = 0x65735546, 0x794C7630  # FUSE_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC of <linux/magic.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Target:
 
 
 def find(path: bytes, *, lowers: Sequence[bytes] = (), data_lowers: Sequence[bytes] = (), userxattr: bool = False) -> Target:
-    """The target that a path names: a mount point, or any directory that is, was or could be an upper.
+    """The target that a path names: a mount point, of ours or of the kernel's overlay, or any directory that is, was or could be an upper.
 
     lowers, data_lowers, userxattr: what an upper that is not mounted does not tell. A mount whose daemon hangs or died is found all the
     same. Raises Refusal.
@@ -81,8 +82,10 @@ def find(path: bytes, *, lowers: Sequence[bytes] = (), data_lowers: Sequence[byt
     if (mount := mounts.at(path)) is not None:
         return _mounted(path, mount, mount.record.merged)
     _require_directory(path)
-    if (kind := _overlay_kind(path)) is not None and os.path.ismount(path):
-        raise Refusal(path, f"a {kind} mount that is not in pyoverlay's list", errno.EINVAL, "name its upper directory instead")
+    if (magic := _magic(path)) in (_FUSE, _OVERLAY) and os.path.ismount(path):
+        if magic == _OVERLAY:
+            return _of_the_kernel(path)
+        raise Refusal(path, "a FUSE mount that is not in pyoverlay's list", errno.EINVAL, "name its upper directory instead")
     if not lowers and (mount := mounts.over(path)) is not None:
         return _mounted(path, mount, None)
     real = os.path.realpath(path)
@@ -94,7 +97,7 @@ def find(path: bytes, *, lowers: Sequence[bytes] = (), data_lowers: Sequence[byt
 def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
     record = mount.record
     if record.upper is None:
-        raise Refusal(path, "mounted read-only: there is no upper, and nothing has changed", errno.EROFS)
+        raise _read_only(path)
     try:
         policy = replace(record.policy, metacopy=True)
     except ValueError as error:
@@ -121,12 +124,29 @@ def _require_directory(path: bytes) -> None:
         raise Refusal(path, "neither a mount nor an upper", error.errno, "name a mount point of pyoverlay, or an upper") from error
 
 
-def _overlay_kind(path: bytes) -> str | None:
+def _magic(path: bytes) -> int:
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
     try:
-        return _OVERLAYS.get(syscalls.fstatfs_type(fd))
+        return syscalls.fstatfs_type(fd)
     finally:
         os.close(fd)
+
+
+def _of_the_kernel(path: bytes) -> Target:
+    """A mount of the kernel's overlay has the same layers, in the same format."""
+    merged = os.path.realpath(path)
+    mount = mountinfo.topmost(merged)
+    if mount is None:
+        raise Refusal(path, "its mount is not in /proc/self/mountinfo", errno.EINVAL)
+    found = kernel_overlay.layers(path, mount)
+    if found.upper is None:
+        raise _read_only(path)
+    policy = _for_this_process(path, found.policy, found.upper)
+    return Target(path, found.upper, found.lowers, policy, found.work, merged, found.data_lowers)
+
+
+def _read_only(path: bytes) -> Refusal:
+    return Refusal(path, "mounted read-only: there is no upper, and nothing has changed", errno.EROFS)
 
 
 def may_read_trusted() -> bool:
