@@ -1,4 +1,4 @@
-"""Whatever an archive says, in whatever order: it is unpacked inside its directory or refused, and what is beside it stays as it was.
+"""Whatever an archive or an image says, in whatever order: it is unpacked inside its directory or refused, and all else stays as it was.
 
 PYOVERLAY_ARCHIVES=N draws N archives of each kind at random; without it a fixed choice runs that fits into some seconds.
 """
@@ -6,24 +6,32 @@ PYOVERLAY_ARCHIVES=N draws N archives of each kind at random; without it a fixed
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyoverlay.core.calls import Calls, remove_tree
+from pyoverlay.errors import Refusal
+from pyoverlay.image.importing import Wanted, import_into
+from pyoverlay.image.sources import architecture
+from pyoverlay.image.store import Store
 from pyoverlay.image.tar_member import BLOCK, Kind, Member, checksum
 from pyoverlay.image.tar_reader import MalformedArchive, TarReader
 from pyoverlay.image.unpacking import Terms, Unacceptable, unpack
 from pyoverlay.testing import make_tree, witness
-from tests.unit.archives import Item, archive, directory, file, symlink
+from tests.unit.archives import Item, archive, config_of, digest, directory, file, symlink
 
 ARCHIVES = int(os.environ.get("PYOVERLAY_ARCHIVES", "400"))
+pytestmark = pytest.mark.timeout(60 + ARCHIVES // 20)
 TUNED = settings(
     max_examples=ARCHIVES,
     derandomize="PYOVERLAY_ARCHIVES" not in os.environ,
@@ -135,3 +143,78 @@ def test_damage_is_refused_and_never_an_accident(data: bytes) -> None:
             assert error.filename is not None
         assert witness(place / "outside") == before
         assert_harmless(place / "layer")
+
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["sha256:" + "0" * 64, "../x", "/"]),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5), below, max_size=3),
+    max_leaves=4,
+)
+# A store waits for its disk with each layer.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+LAYER = archive(file(b"f", b"content", **OWN))
+
+
+def places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in a document."""
+    entries = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    for key, value in entries:
+        yield document, key
+        yield from places(value)
+
+
+def damage(draw: st.DrawFn, document: Any) -> None:
+    """Put anything in the place of something, or leave it out."""
+    container, key = draw(st.sampled_from(list(places(document))))
+    if draw(st.booleans()):
+        container[key] = draw(JSON)
+    else:
+        del container[key]
+
+
+@st.composite
+def damaged_layouts(draw: st.DrawFn) -> dict[str, bytes]:
+    """The files of an OCI layout and `docker save` archive in one, with something else somewhere; digests are right unless that is it."""
+    which = draw(st.sampled_from(["config", "manifest", "index", "saved"]))
+    config = config_of([LAYER], history=[{"created_by": "x"}])
+    if which == "config":
+        damage(draw, config)
+    files = {f"blobs/sha256/{digest(LAYER)[7:]}": LAYER}
+
+    def add(document: Any) -> dict[str, Any]:
+        data = json.dumps(document).encode()
+        files[f"blobs/sha256/{digest(data)[7:]}"] = data
+        return {"digest": digest(data), "size": len(data), "platform": {"os": "linux", "architecture": architecture()}}
+
+    manifest = {"config": add(config), "layers": [{"digest": digest(LAYER), "size": len(LAYER)}]}
+    if which == "manifest":
+        damage(draw, manifest)
+    index = {"manifests": [add(manifest) | {"annotations": {"org.opencontainers.image.ref.name": "1"}}]}
+    saved = [{"Config": f"blobs/sha256/{add(config)['digest'][7:]}", "RepoTags": ["a:1"], "Layers": [f"blobs/sha256/{digest(LAYER)[7:]}"]}]
+    for name, document in (("index", index), ("saved", saved)):
+        if which == name:
+            damage(draw, document)
+    name, document = draw(st.sampled_from([("index.json", index), ("manifest.json", saved)]))
+    return files | {"oci-layout": b"{}", name: json.dumps(document).encode()}
+
+
+@TUNED
+@given(damaged_layouts(), st.booleans())
+def test_documents_of_any_shape_are_read_or_refused(files: dict[str, bytes], is_archive: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        place = Path(name)
+        if is_archive:
+            (place / "image").write_bytes(archive(*(file(name.encode(), content, **OWN) for name, content in files.items())))
+        else:
+            for path, content in files.items():
+                (place / "image" / path).parent.mkdir(parents=True, exist_ok=True)
+                (place / "image" / path).write_bytes(content)
+        try:
+            imported = import_into(Store.create(bytes(place / "store")), [bytes(place / "image")], Wanted())
+        except Refusal:
+            return
+        # What no longer looks like an image is a layer like any other.
+        as_a_layer = {os.fsencode(path.split("/")[0]) for path in files}
+        assert [{*os.listdir(lower)} for lower in imported.lowers] in ([{b"f"}], [as_a_layer], [])
+        for image in Store(bytes(place / "store")).images():
+            assert isinstance(image.config.get("history") or [], list)

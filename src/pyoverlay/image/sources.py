@@ -242,7 +242,7 @@ def _choose(found: list[Candidate], path: bytes, wanted: str | None) -> Callable
 def _saved_images(files: Files) -> Iterator[Candidate]:
     """As `docker save` writes them."""
     for entry in _list(_document(files, "manifest.json"), "manifest.json"):
-        names = tuple(str(name) for name in _object(entry, "manifest.json").get("RepoTags") or ())
+        names = tuple(str(name) for name in _list(_object(entry, "manifest.json").get("RepoTags") or [], "manifest.json"))
         yield names, partial(_saved_image, files, entry, names)
 
 
@@ -261,8 +261,9 @@ def _layout_images(files: Files, index: Any, depth: int = 0) -> Iterator[Candida
     """Those of an OCI layout that are for this machine, or that do not say for which."""
     for descriptor in _list(_object(index, "index.json").get("manifests"), "index.json"):
         descriptor = _object(descriptor, "index.json")
-        names = tuple(filter(None, [str((descriptor.get("annotations") or {}).get(REF_NAME) or "")]))
-        wanted = descriptor.get("platform") or {}
+        annotations = _object(descriptor.get("annotations") or {}, "index.json")
+        names = tuple(filter(None, [str(annotations.get(REF_NAME) or "")]))
+        wanted = _object(descriptor.get("platform") or {}, "index.json")
         if wanted and (wanted.get("os"), wanted.get("architecture")) != ("linux", architecture()):
             continue
         if descriptor.get("mediaType") in _INDEXES:
@@ -287,6 +288,7 @@ def _layout_image(files: Files, descriptor: Document, names: tuple[str, ...]) ->
 
 def _diff_ids(config: Document, count: int) -> list[str]:
     found = [str(diff_id) for diff_id in _list(_object(config.get("rootfs"), "configuration").get("diff_ids"), "configuration")]
+    _list(config.get("history") or [], "configuration")
     if len(found) != count:
         raise MalformedArchive(f"its configuration names {len(found)} layers, its manifest {count}")
     for diff_id in found:
