@@ -1,7 +1,4 @@
-"""Whatever an archive or an image says, in whatever order: it is unpacked inside its directory or refused, and all else stays as it was.
-
-PYOVERLAY_ARCHIVES=N draws N archives of each kind at random; without it a fixed choice runs that fits into some seconds.
-"""
+"""Whatever an archive or an image says, in whatever order: it is unpacked inside its directory or refused, and all else stays as it was."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyoverlay.core.calls import Calls, remove_tree
@@ -28,18 +25,11 @@ from pyoverlay.image.tar_member import BLOCK, Kind, Member, checksum
 from pyoverlay.image.tar_reader import MalformedArchive, TarReader
 from pyoverlay.image.unpacking import Terms, Unacceptable, unpack
 from pyoverlay.testing import make_tree, witness
+from tests.property.draws import SEQUENCES, drawn
 from tests.unit.archives import Item, archive, config_of, digest, directory, file, symlink
 
-ARCHIVES = int(os.environ.get("PYOVERLAY_ARCHIVES", "400"))
-pytestmark = pytest.mark.timeout(60 + ARCHIVES // 20)
-TUNED = settings(
-    max_examples=ARCHIVES,
-    derandomize="PYOVERLAY_ARCHIVES" not in os.environ,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+ARCHIVES = 2 * SEQUENCES
+pytestmark = pytest.mark.timeout(60 + ARCHIVES // 10)
 OWN = {"uid": os.geteuid(), "gid": os.getegid()}
 
 # Few names, so that members meet one another; some lead out, through links or by themselves.
@@ -92,7 +82,7 @@ def marks_of(path: Path) -> list[str]:
     return [name for name in names if name.startswith(("trusted.overlay.", "user.overlay.")) and ".overlay.overlay." not in name]
 
 
-@TUNED
+@drawn(ARCHIVES)
 @given(st.lists(MEMBERS, max_size=8))
 def test_no_archive_reaches_outside(members: list[Item]) -> None:
     with jail() as (place, fd):
@@ -129,7 +119,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
 
 
-@TUNED
+@drawn(ARCHIVES)
 @given(damaged())
 def test_damage_is_refused_and_never_an_accident(data: bytes) -> None:
     """What comes out is a refusal or what the system says of a file (an owner or a time that it cannot hold), and nothing else."""
@@ -198,7 +188,7 @@ def damaged_layouts(draw: st.DrawFn) -> dict[str, bytes]:
     return files | {"oci-layout": b"{}", name: json.dumps(document).encode()}
 
 
-@TUNED
+@drawn(ARCHIVES)
 @given(damaged_layouts(), st.booleans())
 def test_documents_of_any_shape_are_read_or_refused(files: dict[str, bytes], is_archive: bool) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:

@@ -1,7 +1,7 @@
 """Whatever is done in an overlay: its layers, exported one by one and unpacked again, are lowers that show the same tree.
 
 The overlay is the kernel's, with everything on that makes an upper hard to read (redirects, metacopy files, an index), and so is the one
-that shows the unpacked layers. PYOVERLAY_LAYERS=N runs N sequences, drawn at random; without it a fixed choice runs, for half a minute.
+that shows the unpacked layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import given, note
 from hypothesis import strategies as st
 
 from pyoverlay.core.policy import Policy
@@ -27,10 +27,11 @@ from pyoverlay.testing import make_tree, snapshot
 from tests.posix.check import opened
 from tests.posix.kernel_overlay import FULL, KernelOverlay
 from tests.property.arena import LAYERS, TEMPLATES, State, difference
+from tests.property.draws import SEQUENCES, drawn
 from tests.property.operations import OfTheMount, Operation, outcome
 from tests.property.strategies import Paths, operations
 
-SEQUENCES = int(os.environ.get("PYOVERLAY_LAYERS", "40"))
+TREES = SEQUENCES // 5
 LONGEST = 25  # operations in a sequence
 
 
@@ -104,23 +105,14 @@ def through_archives(layers: tuple[Path, ...], place: Path) -> tuple[Path, ...]:
 
 
 @pytest.mark.root
-@pytest.mark.timeout(60 + SEQUENCES)
-def test_layers_that_were_exported_and_unpacked_show_the_same_tree(tmp_path: Path) -> None:
+@pytest.mark.timeout(60 + 5 * TREES)
+def test_layers_that_were_exported_and_unpacked_show_the_same_tree(apart: Path) -> None:
     counted = iter(range(10**9))
 
-    @settings(
-        max_examples=SEQUENCES,
-        derandomize="PYOVERLAY_LAYERS" not in os.environ,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate,),  # to shrink takes minutes: what fails is shown as it was drawn
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        print_blob=False,
-    )
+    @drawn(TREES)
     @given(start=st.sampled_from(TEMPLATES), length=st.integers(1, LONGEST), data=st.data())
     def show_the_same(start: str, length: int, data: st.DataObject) -> None:
-        with made(tmp_path / str(next(counted)), start) as maker:
+        with made(apart / str(next(counted)), start) as maker:
             for _ in range(length):
                 operation = data.draw(operations(Paths.of(maker.overlay.merged)))
                 note(repr(operation))
