@@ -32,11 +32,13 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def steps() -> list[tuple[str, str]]:
-    """Each command of the page, and what it prints."""
+    """Each command of the page, and what it prints; of a Python program the command that writes it down."""
     found: list[tuple[str, str]] = []
-    for block in re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
-        for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            found.append((command, output))
+    for kind, block in re.findall(r"^```(console|python)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+        if kind == "python":
+            found.append((f"cat > example.py <<'EOF'\n{block}EOF", ""))
+        else:
+            found += re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     return found
 
 
