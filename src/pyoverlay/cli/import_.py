@@ -21,6 +21,7 @@ unpacked once, whoever has it. Archives are not trusted: what would leave DIR, o
 \b
 Examples:
   pyoverlay mount "$(pyoverlay import app.tar /srv/images)" ~/upper ~/merged
+  pyoverlay import app-layout/ /srv/images
   docker save app:1.0 | pyoverlay import - changes.tar /srv/images
 """
 
