@@ -116,6 +116,14 @@ def test_an_upper_over_another_lower_is_refused_by_both(overlay: OverlayFactory)
     here.mount()
 
 
+def test_a_refused_mount_leaves_no_index_and_no_work_directory(overlay: OverlayFactory) -> None:
+    here = overlay(LOWER, options=("-o", "index=on"), mount=False)
+    os.setxattr(here.writable, "trusted.overlay.origin", b"of another lower")
+    with pytest.raises(MountRefusedError, match="used over another lower"):
+        here.mount()
+    assert not here.work.exists()
+
+
 def test_nothing_is_left_in_the_work_directory(overlay: OverlayFactory) -> None:
     here = overlay(LOWER, options=("-o", "index=on"))
     change(here.merged)

@@ -153,8 +153,9 @@ def _make_default_work(path: bytes, undo: ExitStack) -> None:
 
 def _take_back_inner_work(work: Directory, undo: ExitStack) -> None:
     """What the core makes in a work directory that had none of it goes again with a mount that was not made."""
-    if not os.path.lexists(os.path.join(work.path, b"work")):
-        undo.callback(_remove_if_there, work.fd, b"work")
+    for name in (b"work", b"index"):
+        if not os.path.lexists(os.path.join(work.path, name)):
+            undo.callback(_remove_if_there, work.fd, name)
 
 
 def _remove_if_there(dirfd: int, name: bytes) -> None:
