@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,12 @@ class Image:
     file: Path
     point: Path
 
-    def make(self, size: int | None = None) -> None:
-        """size: in bytes, if not the smallest that both the kind and its journal allow."""
+    def make(self, size: int | None = None, arguments: Sequence[str] = ()) -> None:
+        """size: in bytes, if not the smallest that both the kind and its journal allow. arguments: of mkfs."""
         smallest, command = _MAKE[self.kind]
         with self.file.open("xb") as file:
             file.truncate(size or smallest)
-        _run(*command, str(self.file))
+        _run(*command, *arguments, str(self.file))
 
     def mount(self) -> None:
         """After a power cut this is the repair: the log is replayed."""
@@ -52,7 +52,7 @@ class Image:
 
 
 @contextmanager
-def mounted_image(kind: str, directory: Path, size: int | None = None) -> Iterator[Image]:
+def mounted_image(kind: str, directory: Path, size: int | None = None, arguments: Sequence[str] = ()) -> Iterator[Image]:
     """A new file system of that kind, mounted in a directory of its own below this one.
 
     The file lies in memory where there is room for it: every sync of these tests would else wait for what others write to the disk.
@@ -60,7 +60,7 @@ def mounted_image(kind: str, directory: Path, size: int | None = None) -> Iterat
     with tempfile.TemporaryDirectory(dir=_MEMORY if _has_room(size) else directory) as place:
         image = Image(kind, Path(place) / f"{kind}.image", directory / kind)
         image.point.mkdir()
-        image.make(size)
+        image.make(size, arguments)
         image.mount()
         try:
             yield image

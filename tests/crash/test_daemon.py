@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pyoverlay.core.stack import keeps_order
 from pyoverlay.testing import Connection, File, Overlay, make_tree, snapshot
 from pyoverlay.testing.mounts import end
 from tests.crash.images import Image, mounted_image
@@ -60,6 +61,50 @@ def test_with_strict_what_was_closed_survives_a_power_cut(tmp_path: Path, kind: 
         overlay.mount()
         assert (overlay.merged / "new").read_bytes() == b"written and closed"
         assert (overlay.merged / "file3").read_bytes() == b"changed" + FILES["file3"][7:]
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "writeback")], ids=["write-through", "writeback"])
+def test_what_a_real_fsync_confirmed_survives_a_power_cut(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with mounted_image("ext4", tmp_path) as image, mounted(image, tmp_path, *options) as overlay:
+        with (overlay.merged / "new").open("wb") as new, (overlay.merged / "file3").open("r+b") as changed:
+            new.write(b"written and synced")
+            changed.write(b"changed")
+            for file in (new, changed):
+                file.flush()
+                os.fsync(file.fileno())
+        os.unlink(overlay.merged / "file4")
+        with opened(overlay.merged, os.O_RDONLY | os.O_DIRECTORY) as directory:
+            os.fsync(directory)
+        cut_power(overlay, image)
+        overlay.mount()
+        assert (overlay.merged / "new").read_bytes() == b"written and synced"
+        assert (overlay.merged / "file3").read_bytes() == b"changed" + FILES["file3"][7:]
+        assert not (overlay.merged / "file4").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "writeback")], ids=["write-through", "writeback"])
+def test_what_was_there_when_umount_returned_survives_a_power_cut(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with mounted_image("ext4", tmp_path) as image, mounted(image, tmp_path, *options) as overlay:
+        (overlay.merged / "new").write_bytes(b"written, and never synced")
+        (overlay.merged / "file3").chmod(0o600)
+        os.rename(overlay.merged / "file5", overlay.merged / "renamed")
+        # With writeback the mtime of what was just made is the kernel's, from its coarse clock, and the upper's a moment later.
+        os.utime(overlay.merged / "new", ns=(1, 2))
+        before = snapshot(overlay.merged)
+        overlay.umount()
+        shut_down(image.point)
+        image.remount()
+        overlay.mount()
+        assert snapshot(overlay.merged) == before
+
+
+@pytest.mark.parametrize(("kind", "arguments", "keeps"), [("ext4", [], True), ("ext4", ["-O", "^has_journal"], False), ("xfs", [], True)])
+def test_whether_a_file_system_keeps_a_rename_behind_data_is_found_out(
+    tmp_path: Path, kind: str, arguments: list[str], keeps: bool
+) -> None:
+    """Asking statfs would not do: ext2, ext3, ext4 with a journal and ext4 without answer the same."""
+    with mounted_image(kind, tmp_path, arguments=arguments) as image, opened(image.point, os.O_RDONLY) as fd:
+        assert keeps_order(fd) == keeps
 
 
 def test_with_ordered_no_copy_is_torn_by_a_power_cut(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tests.posix.system_calls import RENAME_EXCHANGE, renameat2
 
+PAGE = 4096  # what a write(2) changes as a whole or not at all, whatever is killed meanwhile: the kernel may send one WRITE a page
 MOST_BYTES = 60_000
 RECORD = 512
 SHARED_NAMES = 12
@@ -186,8 +187,8 @@ class Client:
 
     def write(self) -> None:
         if (path := self.one(self.files())) is not None:
-            data = self.chance.randbytes(self.chance.choice((1, 100, 4096)))
-            offset = self.chance.randrange(MOST_BYTES)
+            data = self.chance.randbytes(self.chance.choice((1, 100, PAGE)))
+            offset = self.chance.randrange(MOST_BYTES // PAGE) * PAGE + self.chance.randrange(PAGE - len(data) + 1)
             with self.changing() as nodes:
                 old = nodes[path].content or b""
                 nodes[path].content = old[:offset].ljust(offset, b"\0") + data + old[offset + len(data) :]
@@ -196,7 +197,8 @@ class Client:
 
     def append(self) -> None:
         if (path := self.one(self.files())) is not None and len(self.nodes[path].content or b"") < MOST_BYTES:
-            data = self.chance.randbytes(self.chance.choice((1, 300, 4096)))
+            room = PAGE - len(self.nodes[path].content or b"") % PAGE
+            data = self.chance.randbytes(self.chance.choice((1, min(300, room), room)))
             with self.changing() as nodes:
                 nodes[path].content = (nodes[path].content or b"") + data
                 with _opened(self.top / path, os.O_WRONLY | os.O_APPEND) as fd:
