@@ -71,7 +71,8 @@ class ForkedOverlay(Overlay):
     def mount(self) -> None:
         assert self.forker is not None
         self.work.mkdir(exist_ok=True)
-        options = Options(lowers=tuple(map(os.fsencode, self.lowers)), upper=os.fsencode(self.writable), work=os.fsencode(self.work))
+        lowers = tuple(map(os.fsencode, self.lowers))
+        options = Options(lowers=lowers, upper=os.fsencode(self.writable), work=os.fsencode(self.work), index=True)
         self._pid = self.forker.start(Request(options, os.fsencode(self.merged), log_file=str(self.log), log_level=logging.ERROR))
 
     @property
