@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from pyoverlay.daemon import logs, mounting
-from pyoverlay.daemon.request import Request
+from pyoverlay.daemon.request import from_memory
 from pyoverlay.fuse.binding import wire
 
 ENTRIES = 40
@@ -41,7 +41,7 @@ class Measurement:
         """Pass each command to the main thread; ends with the socket."""
         for line in self._lines:
             self._command = line.strip()
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGRTMIN)
 
     def obey(self, number: int, frame: FrameType | None) -> None:
         """The signal's action."""
@@ -94,8 +94,8 @@ def main() -> None:
     request_fd, control_fd = map(int, sys.argv[1:])
     control = socket.socket(fileno=control_fd)
     measurement = Measurement(control)
-    signal.signal(signal.SIGUSR1, measurement.obey)
-    request = Request.from_memory(request_fd)
+    signal.signal(signal.SIGRTMIN, measurement.obey)
+    (request,) = from_memory(request_fd)
     logs.set_up(foreground=True, file=None, level=request.log_level)
     threading.Thread(target=measurement.listen, daemon=True).start()
     mounting.serve(request, lambda: control.sendall(b"{}\n"))

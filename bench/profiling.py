@@ -21,7 +21,7 @@ from bench.layers import LayerSets
 from bench.measure import settle, staged
 from bench.workload import Workload
 from pyoverlay.daemon.options import parse
-from pyoverlay.daemon.request import Request
+from pyoverlay.daemon.request import Request, to_memory
 
 # <linux/fuse.h>, enum fuse_opcode
 _NAMES = (
@@ -45,7 +45,7 @@ class ProfiledPyoverlay:
     def mounted(self, place: Place) -> Iterator[None]:
         paths = {"lowerdir": ":".join(map(str, place.lowers)), "upperdir": str(place.upper), "workdir": str(place.work)}
         options = parse([",".join(f"{name}={path}" for name, path in paths.items()), *self._options])
-        request_fd = Request(options, os.fsencode(place.merged), foreground=True).to_memory()
+        request_fd = to_memory([Request(options, os.fsencode(place.merged), foreground=True)])
         ours, its = socket.socketpair()
         with ours, its, open(request_fd, "rb"):
             argv = [sys.executable, "-m", "bench.profiled_daemon", str(request_fd), str(its.fileno())]

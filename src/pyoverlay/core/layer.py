@@ -227,6 +227,15 @@ class Layer:
         """One of the overlay's own marks, in this mount's spelling."""
         return self.getxattr(dirfd, name, self.mark_prefix + mark)
 
+    def getmark_of(self, fd: int, mark: bytes) -> bytes | None:
+        """The same of an open file, without the way through /proc, which takes three times as long."""
+        try:
+            return os.getxattr(fd, self.mark_prefix + mark)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+
     def listmarks(self, dirfd: int, name: bytes) -> frozenset[bytes]:
         """Which marks a name bears. One system call where most names bear none."""
         prefix = self.mark_prefix

@@ -266,7 +266,7 @@ class View:
             self.require_owner(inode, errno.EACCES)
             fd = self.upper.open_write(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDWR)
         with closed_on_failure(fd):
-            mark = layer.getmark(fd, b"", marks.METACOPY)
+            mark = layer.getmark_of(fd, marks.METACOPY)
             if mark is None:
                 return fd
             if inode.parent is None:
