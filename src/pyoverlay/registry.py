@@ -62,6 +62,13 @@ class Record:
         """What the core was told. ValueError: a choice of a later release."""
         return Policy.from_plain(self.features)
 
+    def may_be_of(self, user_id: bytes | None) -> bool:
+        """Whether it can be the record of a mount that shows this `user_id=` in mountinfo, None where it shows none.
+
+        Anybody can write down anything in a runtime directory of one's own; who made a mount is the kernel's word.
+        """
+        return user_id is None or self.owner is None or int(user_id) == self.owner
+
     @property
     def is_alive(self) -> bool:
         """Its daemon still runs."""

@@ -279,8 +279,23 @@ def test_a_record_of_somebody_who_did_not_make_the_mount_is_not_believed(mounted
     try:
         assert printed("ps", "-q") == []
         assert run("inspect", mounted.merged).returncode == 1
+        assert run("which", mounted.merged / "f").returncode == 1
     finally:
         os.chown(record, 0, 0)
+
+
+def test_a_record_of_somebody_who_did_not_make_the_mount_keeps_no_umount_waiting(mounted: Overlay) -> None:
+    """Root's umount would else wait for the end of whatever process that user wrote down."""
+    (record,) = Path(os.environ["PYOVERLAY_RUNTIME_DIR"]).glob("*.json")
+    forged = record.with_name("0123456789ab.json")
+    document = json.loads(record.read_text()) | {"id": forged.stem, "pid": os.getpid(), "started": 2**33}
+    document["start_time"] = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    forged.write_text(json.dumps(document))
+    os.chown(forged, 4321, 4321)
+    try:
+        mounted.umount()
+    finally:
+        forged.unlink()
 
 
 @pytest.mark.parametrize("words", [["ps"], ["ps", "--format", "{{.ID}}"], ["inspect", "/"], ["diff", "/nowhere"], ["which", "/"]])

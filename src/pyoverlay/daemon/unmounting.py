@@ -87,7 +87,8 @@ def _find(merged: bytes, point: bytes) -> tuple[mountinfo.Mount, registry.Record
             raise Refusal(merged, "does not exist", errno.ENOENT)
         raise Refusal(merged, "nothing is mounted here", errno.EINVAL)
     # The device number comes back with a later mount, so the place must be the same as well.
-    record = next((r for r in reversed(registry.records()) if r.device == mount.device and r.merged == mount.point), None)
+    records = (r for r in reversed(registry.records()) if r.device == mount.device and r.merged == mount.point)
+    record = next((r for r in records if r.may_be_of(mount.option(b"user_id"))), None)
     if record is None and mount.type != OUR_TYPE:
         raise Refusal(merged, f"not an overlay of pyoverlay but a mount of type {mount.type}", errno.EINVAL, "use umount")
     return mount, record

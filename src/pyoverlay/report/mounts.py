@@ -39,9 +39,8 @@ def mounts(*, records: list[registry.Record] | None = None) -> list[Mount]:
 
     Records of mounts that are gone are cleared away, unless they have a failure to report.
     """
-    here = {(mount.device, mount.point): mount for mount in mountinfo.mounts()}
-    known = registry.records() if records is None else records
-    found = [record for record in known if _may_say_so(record, here.get((record.device, record.merged)))]
+    here = _mounted_here()
+    found = [record for record in (registry.records() if records is None else records) if _is_believed(record, here)]
     answers = asking.ask(record for record in found if record.is_alive)
     listed = []
     for record in found:
@@ -55,10 +54,19 @@ def mounts(*, records: list[registry.Record] | None = None) -> list[Mount]:
     return listed
 
 
-def _may_say_so(record: registry.Record, mount: mountinfo.Mount | None) -> bool:
-    """Whether the user whose record it is made that mount: anybody can write down anything in a runtime directory of one's own."""
-    user = mount.option(b"user_id") if mount is not None else None
-    return user is None or record.owner is None or int(user) == record.owner
+def believed() -> list[registry.Record]:
+    """The records, oldest first, but those of mounts that the kernel says somebody else has made."""
+    here = _mounted_here()
+    return [record for record in registry.records() if _is_believed(record, here)]
+
+
+def _mounted_here() -> dict[tuple[str, bytes], mountinfo.Mount]:
+    return {(mount.device, mount.point): mount for mount in mountinfo.mounts()}
+
+
+def _is_believed(record: registry.Record, here: Mapping[tuple[str, bytes], mountinfo.Mount]) -> bool:
+    mount = here.get((record.device, record.merged))
+    return mount is None or record.may_be_of(mount.option(b"user_id"))
 
 
 def at(path: bytes) -> Mount | None:

@@ -20,6 +20,7 @@ from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
 from pyoverlay.core.view import View
 from pyoverlay.errors import Refusal, printable
+from pyoverlay.report import mounts
 from pyoverlay.report.changes import masked
 from pyoverlay.report.target import may_clone
 
@@ -70,7 +71,7 @@ def mount_of(path: bytes) -> tuple[registry.Record, list[bytes]]:
     """
     for spelling in (os.path.abspath, os.path.realpath):
         real = spelling(path)
-        above = [record for record in registry.records() if (real + b"/").startswith(record.merged.rstrip(b"/") + b"/")]
+        above = [record for record in mounts.believed() if (real + b"/").startswith(record.merged.rstrip(b"/") + b"/")]
         if above:
             record = max(above, key=lambda record: (len(record.merged), record.started))
             return record, [name for name in real[len(record.merged) :].split(b"/") if name]
