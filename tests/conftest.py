@@ -19,6 +19,7 @@ import pytest
 
 from pyoverlay.testing import Connection, OverlayFactory, mounts_below, processes_marked
 from pyoverlay.testing.mounts import MARK, end, wait_for_end
+from tests.whoami import IS_ROOT, WHO
 
 # What tests share and assert in, whichever directory imports it first.
 pytest.register_assert_rewrite("tests.integration.looks", "tests.posix.check", "tests.posix.checks")
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return [
         f"pyoverlay: from {_origin('pyoverlay')}, extension {'loaded' if _has_wire() else 'missing: tests marked wire must fail'}",
-        f"pyoverlay: uid {os.geteuid()}, kernel {os.uname().release}, /dev/fuse {_state_of_fuse()}, {_state_of_atimes()}",
+        f"pyoverlay: as {WHO}, uid {os.geteuid()}, kernel {os.uname().release}, /dev/fuse {_state_of_fuse()}, {_state_of_atimes()}",
     ]
 
 
@@ -66,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
-        if item.get_closest_marker("root") and os.geteuid() != 0:
+        if item.get_closest_marker("root") and not IS_ROOT:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("wire") and not _has_wire():
             item.add_marker(pytest.mark.xfail(reason="needs the extension pyoverlay.fuse._wire", strict=True))

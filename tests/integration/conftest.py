@@ -18,16 +18,21 @@ from tests.integration.looks import Here, Layers, litter
 from tests.integration.unprivileged import make_home
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.posix.peers import overlay_under_test
+from tests.whoami import IS_ROOT
 
 
 def layers_of(module: object) -> dict[str, Layers]:
-    """The layers that the tests of a module ask for, by the name of the test."""
+    """The layers that the tests of a module ask for, by the name of the test; those that root alone can make are root's."""
     found = {}
     for name, value in vars(module).items():
         wanted = getattr(value, "layers", None)
-        if isinstance(wanted, Layers):
+        if isinstance(wanted, Layers) and (IS_ROOT or not _is_for_root(value)):
             found[name] = wanted
     return found
+
+
+def _is_for_root(test: object) -> bool:
+    return any(mark.name == "root" for mark in getattr(test, "pytestmark", ()))
 
 
 @pytest.fixture(scope="module")

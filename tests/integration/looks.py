@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from pyoverlay.testing import Overlay, Tree, witness
 from tests.posix.kernel_overlay import KernelOverlay
+from tests.whoami import MARKS
 
-OPAQUE = "trusted.overlay.opaque"
-REDIRECT = "trusted.overlay.redirect"
+OPAQUE = MARKS + "opaque"
+REDIRECT = MARKS + "redirect"
 
 WHITEOUT = "whiteout"
 

@@ -149,6 +149,7 @@ def test_mount_options_come_from_the_environment_too(overlay: OverlayFactory, tm
     assert (mount.source, (work / "work").is_dir(), (tmp_path / "log").exists()) == ("my data", True, True)
 
 
+@pytest.mark.root  # fusermount3 takes its time
 def test_mount_returns_within_a_third_of_a_second(overlay: OverlayFactory) -> None:
     """The best of a few, less what other work on the machine took: the command and its daemon take turns, neither waits for a clock."""
     made = overlay({}, mount=False)
@@ -410,7 +411,7 @@ def mount_program(words: str, overlay: Overlay, cwd: Path | None = None) -> subp
     "words",
     [
         "overlay {merged} -o rw,{options}",
-        "overlay {merged} -o {options},dev,suid",
+        pytest.param("overlay {merged} -o {options},dev,suid", marks=pytest.mark.root),
         "-o {options} {merged}",
         "-o {options} overlay {merged}",
         "overlay -o {options} {merged}",

@@ -18,8 +18,6 @@ from tests.integration.test_hardlinks import drop_caches
 from tests.posix.check import fails, opened
 from tests.posix.system_calls import linkat_fd, syncfs
 
-pytestmark = pytest.mark.root
-
 
 def together(*acts: Callable[[], None]) -> None:
     """Run all of these at once, each in a thread that starts when the last is ready; raise what any of them raised."""
@@ -116,6 +114,7 @@ def test_copy_ups_in_one_directory_at_once(here: Here) -> None:
 
 
 @layers({"d": {"e": {f"f{number}": b"x" for number in range(20)}}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_directories_renamed_while_files_in_them_copy_up(here: Here) -> None:
     m = here.merged
     directories = [os.open(m / "d" / "e", os.O_RDONLY | os.O_DIRECTORY)]
@@ -165,6 +164,7 @@ def test_rsync_of_a_file_whose_writer_holds_it(here: Here, tmp_path: Path) -> No
 
 
 @layers({"f": b"lower content", "g": b"lower content", "h": b"lower content"})
+@pytest.mark.root  # only root drops caches
 def test_an_unlinked_open_lower_file_is_changed_by_way_of_its_descriptor(here: Here) -> None:
     with opened(here.merged / "f", os.O_RDONLY) as fd:
         os.unlink(here.merged / "f")

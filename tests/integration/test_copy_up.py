@@ -32,8 +32,6 @@ from tests.posix.system_calls import (
     data_extents,
 )
 
-pytestmark = pytest.mark.root
-
 NAMED = acl((ACL_USER_OBJ, 6), (ACL_USER, 4, 1234), (ACL_GROUP_OBJ, 4), (ACL_MASK, 4), (ACL_OTHER, 0))
 INHERITED = acl((ACL_USER_OBJ, 7), (ACL_USER, 5, 1234), (ACL_GROUP_OBJ, 5), (ACL_MASK, 5), (ACL_OTHER, 0))
 
@@ -84,6 +82,7 @@ def _write_by_map(path: Path) -> None:
 
 @layers({name: {"f": RICH, "stays": b"unchanged"} for name in FIRST_WRITES})
 @pytest.mark.parametrize("way", FIRST_WRITES)
+@pytest.mark.root
 def test_first_write_copies_the_file_up_with_all_it_has(here: Here, way: str) -> None:
     act, expected = FIRST_WRITES[way]
     act(here.merged / way / "f")
@@ -110,6 +109,7 @@ METADATA_CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, object]]] 
 
 @layers({name: {"f": RICH} for name in METADATA_CHANGES})
 @pytest.mark.parametrize("way", METADATA_CHANGES)
+@pytest.mark.root
 def test_first_metadata_change_keeps_everything_else(here: Here, way: str) -> None:
     act, changed = METADATA_CHANGES[way]
     act(here.merged / way / "f")
@@ -120,6 +120,7 @@ def test_first_metadata_change_keeps_everything_else(here: Here, way: str) -> No
 
 
 @layers({"f": RICH})
+@pytest.mark.root
 def test_a_copy_up_keeps_the_atime(here: Here) -> None:
     os.setxattr(here.merged / "f", "user.new", b"value")
     assert os.lstat(here.upper / "f").st_atime_ns == RICH.atime_ns
@@ -127,6 +128,7 @@ def test_a_copy_up_keeps_the_atime(here: Here) -> None:
 
 
 @layers({"d": Directory({"f": b"x"}, mode=0o2751, uid=5, gid=6, mtime_ns=123_456_789, xattrs={"user.d": b"1", ACL_DEFAULT: INHERITED})})
+@pytest.mark.root
 def test_a_directory_copies_up_with_all_it_has_when_something_in_it_changes(here: Here) -> None:
     os.chmod(here.merged / "d" / "f", 0o600)
     assert shape(here.upper) == {"d": {"f": b"x"}}
@@ -145,6 +147,7 @@ def test_the_mtime_of_no_directory_moves_when_something_in_it_copies_up(here: He
 
 
 @layers({"f": File(b"x", mode=0o640, xattrs={ACL_ACCESS: NAMED})})
+@pytest.mark.root
 def test_an_acl_is_copied_up(here: Here) -> None:
     _append(here.merged / "f")
     assert os.getxattr(here.upper / "f", ACL_ACCESS) == NAMED
@@ -152,6 +155,7 @@ def test_an_acl_is_copied_up(here: Here) -> None:
 
 
 @layers({"d": Directory({"f": File(b"x", mode=0o640)}, xattrs={ACL_DEFAULT: INHERITED})})
+@pytest.mark.root
 def test_a_copy_does_not_take_the_default_acl_of_its_directory(here: Here) -> None:
     _append(here.merged / "d" / "f")
     assert entry(here.upper / "d" / "f").xattrs == ()
@@ -159,6 +163,7 @@ def test_a_copy_does_not_take_the_default_acl_of_its_directory(here: Here) -> No
 
 
 @layers({"s": Symlink("target", uid=7, gid=8, mtime_ns=987_654_321, xattrs={"trusted.s": b"1"})})
+@pytest.mark.root
 def test_a_symlink_copies_up_with_owner_times_and_attributes(here: Here) -> None:
     os.lchown(here.merged / "s", 9, -1)
     for layer in (here.upper, here.merged):
@@ -176,6 +181,7 @@ def test_a_symlink_copies_up_with_owner_times_and_attributes(here: Here) -> None
         "disk": Device("b", 259, 300, mode=0o660, uid=7, mtime_ns=1_000_000_007),
     }
 )
+@pytest.mark.root
 def test_special_files_copy_up_as_what_they_are(here: Here) -> None:
     for name in ("fifo", "socket", "null", "disk"):
         os.chown(here.merged / name, -1, 55)
@@ -185,6 +191,7 @@ def test_special_files_copy_up_as_what_they_are(here: Here) -> None:
 
 
 @layers({"fifo": Fifo(), "null": Device("c", 1, 3, mode=0o666)})
+@pytest.mark.root
 def test_writing_to_a_fifo_or_device_copies_nothing_up(here: Here) -> None:
     with opened(here.merged / "fifo", os.O_RDWR | os.O_NONBLOCK) as fd:
         os.write(fd, b"x")
@@ -233,7 +240,7 @@ def _is_denied(path: Path) -> None:
 
 
 @layers({name: {"f": b"content", "s": Symlink("f"), "sub": {"g": b""}} for name in READERS})
-@pytest.mark.parametrize("way", READERS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.root] if way == "denied" else []) for way in READERS])
 def test_reading_and_refused_changes_copy_nothing_up(here: Here, way: str) -> None:
     READERS[way](here.merged / way)
     assert not (here.upper / way).exists()
@@ -295,6 +302,7 @@ def test_locks_hold_across_the_copy_up(here: Here) -> None:
 
 
 @layers({"f": b"old", "sub": {"g": b"old"}, "s": Symlink("f")})
+@pytest.mark.root  # sets what only root may
 def test_numbers_do_not_change_with_a_copy_up(alone: Here) -> None:
     names = ("", "f", "sub", "sub/g", "s")
     before = {name: os.lstat(alone.merged / name) for name in names}
@@ -321,6 +329,7 @@ def test_a_second_change_does_not_copy_again(here: Here) -> None:
 
 
 @layers({"f": File(b"x", xattrs={"trusted.overlay.origin": b"", "user.kept": b"1"})})
+@pytest.mark.root
 def test_marks_of_a_lower_are_not_copied_as_they_are(here: Here) -> None:
     os.chmod(here.merged / "f", 0o600)
     assert os.getxattr(here.upper / "f", "user.kept") == b"1"

@@ -20,8 +20,6 @@ from tests.integration.test_hardlinks import drop_caches
 from tests.posix.check import as_user, fails, fork, opened
 from tests.posix.system_calls import fallocate, mount, syncfs
 
-pytestmark = pytest.mark.root
-
 SEEDS = (1, 2, 3)
 COLLAPSE_RANGE, INSERT_RANGE = 8, 32
 OPERATIONS = 300
@@ -50,6 +48,7 @@ def beginning(seed: int) -> bytes:
 @pytest.mark.parametrize("wire", WITH_EXTENSION)
 @pytest.mark.parametrize("options", WRITEBACK)
 @pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.root  # only root drops caches
 def test_random_operations_leave_what_they_leave_on_a_plain_file(
     overlay: OverlayFactory, tmp_path: Path, processes: int, options: tuple[str, ...], wire: bool
 ) -> None:
@@ -217,6 +216,7 @@ def small_upper(tmp_path: Path, *options: str, lower: bytes = b"") -> Iterator[O
 
 
 @pytest.mark.parametrize("wire", [True, False], ids=["wire", "no-wire"])
+@pytest.mark.root  # mounts a small file system
 def test_a_write_that_finds_no_space_fails_itself(tmp_path: Path, wire: bool) -> None:
     """At the same place and with the same size as on the file system below."""
     with extension(loaded=wire), small_upper(tmp_path) as overlay, opened(overlay.merged / "f", os.O_RDWR | os.O_CREAT) as fd:
@@ -235,6 +235,7 @@ def test_a_write_that_finds_no_space_fails_itself(tmp_path: Path, wire: bool) ->
         assert os.fstat(fd).st_size == 100_005
 
 
+@pytest.mark.root  # mounts a small file system
 def test_a_shell_that_cannot_write_says_so(tmp_path: Path) -> None:
     with small_upper(tmp_path) as overlay:
         with fails(errno.ENOSPC):
@@ -245,6 +246,7 @@ def test_a_shell_that_cannot_write_says_so(tmp_path: Path) -> None:
         assert os.stat(overlay.merged / "f").st_size == 0
 
 
+@pytest.mark.root  # mounts a small file system
 def test_a_copy_up_that_finds_no_space_fails_the_write_that_wanted_it(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(3 << 20)
     with small_upper(tmp_path, lower=content) as overlay:
@@ -256,6 +258,7 @@ def test_a_copy_up_that_finds_no_space_fails_the_write_that_wanted_it(tmp_path: 
         (overlay.merged / "other").write_bytes(b"there is room again")
 
 
+@pytest.mark.root  # mounts a small file system
 def test_with_writeback_a_write_that_finds_no_space_fails_at_fsync(tmp_path: Path) -> None:
     with small_upper(tmp_path, "-o", "writeback") as overlay:
         with opened(overlay.merged / "f", os.O_RDWR | os.O_CREAT) as fd:
@@ -281,6 +284,7 @@ def test_with_writeback_small_writes_gather(overlay: OverlayFactory) -> None:
         assert (made.writable / "f").read_bytes() == b"".join(b"%04d" % number for number in range(100))
 
 
+@pytest.mark.root
 def test_with_writeback_an_ordinary_user_reads_back_what_may_only_be_written(overlay: OverlayFactory) -> None:
     """The page around a write of one byte is read first: the descriptor that writes must read, whoever opened it and whatever the mode."""
     made = overlay({"f": File(b"lower content", mode=0o222)}, options=["-o", "writeback"])

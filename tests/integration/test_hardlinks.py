@@ -13,8 +13,6 @@ from tests.integration.looks import WHITEOUT, Here, layers, shape
 from tests.posix.check import opened
 from tests.posix.system_calls import RENAME_EXCHANGE, renameat2
 
-pytestmark = pytest.mark.root
-
 
 def drop_caches() -> None:
     """The kernel forgets every inode that nobody has open."""
@@ -49,6 +47,7 @@ def test_links_of_a_lower_are_one_file_after_a_write_through_any(here: Here, wri
 
 
 @layers({"f": b"shared", "g": HardLink("f")})
+@pytest.mark.root  # only root drops caches
 def test_the_other_name_looked_up_after_the_kernel_forgot_is_still_the_same_file(here: Here) -> None:
     """`g` is never named before the write: only the overlay can know that it is the file that was copied up as `f`."""
     (here.merged / "f").write_bytes(b"CHANGED")
@@ -61,6 +60,7 @@ def test_the_other_name_looked_up_after_the_kernel_forgot_is_still_the_same_file
 
 
 @layers(LINKED)
+@pytest.mark.root  # only root drops caches
 def test_removing_names_of_a_copied_up_file_counts_them_down(here: Here) -> None:
     m = here.merged
     os.chmod(m / "a/f", 0o600)
@@ -94,6 +94,7 @@ def test_removing_names_of_a_lower_file_counts_them_down(here: Here) -> None:
 
 
 @layers({"f": b"shared", "g": HardLink("f"), "sub": {}})
+@pytest.mark.root  # only root drops caches
 def test_a_new_link_to_a_lower_file_joins_the_old_ones(here: Here) -> None:
     m = here.merged
     os.link(m / "f", m / "sub" / "new")
@@ -116,6 +117,7 @@ def test_a_single_lower_file_can_be_linked_and_both_are_one(here: Here) -> None:
 
 
 @layers({"f": b"shared", "g": HardLink("f"), "d": {"x": b"x"}})
+@pytest.mark.root  # only root drops caches
 def test_names_move_and_stay_one_file(here: Here) -> None:
     m = here.merged
     os.rename(m / "f", m / "d" / "moved")
@@ -130,6 +132,7 @@ def test_names_move_and_stay_one_file(here: Here) -> None:
 
 
 @layers({"p": Fifo(), "q": HardLink("p"), "s": Symlink("x"), "t": HardLink("s")})
+@pytest.mark.root  # sets what only root may
 def test_links_of_special_files_and_symlinks_stay_one(here: Here) -> None:
     m = here.merged
     os.chmod(m / "p", 0o600)
@@ -154,6 +157,7 @@ def test_links_are_kept_by_cp_and_tar_out_of_the_view(here: Here, tmp_path: Path
 
 
 @layers({"d": {"f": b"shared"}, "g": HardLink("d/f")})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_name_in_a_renamed_directory_stays_one_file(here: Here) -> None:
     m = here.merged
     os.rename(m / "d", m / "e")

@@ -15,8 +15,6 @@ from tests.integration.test_hardlinks import drop_caches
 from tests.posix.check import opened
 from tests.posix.system_calls import DirectoryStream, mount, umount
 
-pytestmark = pytest.mark.root
-
 
 def numbers(directory: Path) -> dict[str, int]:
     """Path to inode number of everything below, from stat; and each listing says the same."""
@@ -43,6 +41,7 @@ def test_every_object_has_a_number_of_its_own_on_one_device(here: Here) -> None:
 
 
 @layers(TREE, {"low": b"low", "d": {"low": b"low"}}, upper={"up": b"up", "d": {"up": b"up"}})
+@pytest.mark.root  # only root drops caches
 def test_numbers_last_over_copy_up_rename_forgetting_and_remount(alone: Here) -> None:
     before = numbers(alone.merged)
     drop_caches()
@@ -189,6 +188,7 @@ def test_three_nested_mounts_keep_all_numbers_apart(tmp_path: Path) -> None:
             overlay.close()
 
 
+@pytest.mark.root
 def test_lowers_on_two_file_systems_share_no_number(overlay: OverlayFactory, tmp_path: Path) -> None:
     """tmpfs numbers its files from a small number on, as a fresh ext4 does: most of these coincide."""
     places = [tmp_path / name for name in ("one", "two")]
@@ -239,6 +239,7 @@ def disks(tmp_path: Path) -> Iterator[dict[str, Path]]:
             umount(place)
 
 
+@pytest.mark.root  # mounts file systems of its own
 def test_numbers_of_layers_on_four_file_systems_last_over_copy_up_rename_and_remount(disks: dict[str, Path], tmp_path: Path) -> None:
     """Which of them a number is from is said by its high bits; after a copy-up to another one only the mark `origin` knows it."""
     lowers = [place / "lower" for place in disks.values()]

@@ -16,8 +16,6 @@ from tests.integration.looks import Here, layers, shape
 from tests.posix.check import NOBODY, SOMEBODY, as_user, fails, opened
 from tests.posix.system_calls import RENAME_EXCHANGE, renameat2
 
-pytestmark = pytest.mark.root
-
 
 def test_a_mount_without_an_upper_refuses_every_change_with_erofs(overlay: OverlayFactory) -> None:
     view = overlay({"f": b"f", "d": {"g": b"g"}, "s": Symlink("f")}, {"low": b"low"}, read_only=True).merged
@@ -53,6 +51,7 @@ def test_one_lower_and_no_upper_is_enough(overlay: OverlayFactory) -> None:
 
 
 @layers({"f": b"content", "d": {"g": b"g"}, "s": Symlink("f"), "sd": Symlink("d")})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_reading_moves_no_atime_of_a_lower(here: Here) -> None:
     """The fixture compares every atime below; here is everything that would move one."""
     assert (here.merged / "f").read_bytes() == b"content"
@@ -78,6 +77,7 @@ def test_statfs_is_that_of_the_upper(here: Here) -> None:
 
 
 @layers({"home": Directory({"own": File(b"own", uid=NOBODY, mode=0o600)}, uid=NOBODY), "secret": File(b"s", mode=0o600)})
+@pytest.mark.root
 def test_an_ordinary_user_works_in_the_view_as_on_any_file_system(here: Here) -> None:
     def work() -> None:
         Path("home/own").write_bytes(b"changed")
@@ -105,6 +105,7 @@ def test_an_ordinary_user_works_in_the_view_as_on_any_file_system(here: Here) ->
 
 
 @layers({"home": Directory({"f": File(b"f", uid=0, mode=0o666)}, uid=NOBODY)})
+@pytest.mark.root
 def test_a_copy_up_caused_by_a_user_keeps_the_owner_of_the_file(here: Here) -> None:
     as_user(here.merged, lambda: Path("home/f").write_bytes(b"by nobody"))
     st = os.lstat(here.upper / "home" / "f")
@@ -112,6 +113,7 @@ def test_a_copy_up_caused_by_a_user_keeps_the_owner_of_the_file(here: Here) -> N
 
 
 @layers({"program": File(Path("/usr/bin/id").read_bytes(), mode=0o4755, uid=SOMEBODY)})
+@pytest.mark.root
 def test_a_setuid_program_of_a_lower_runs_as_its_owner(here: Here) -> None:
     def run() -> None:
         shown = subprocess.run(["./program", "-u"], capture_output=True, check=True, text=True).stdout

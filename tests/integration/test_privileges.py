@@ -92,8 +92,8 @@ def test_a_read_only_mount_reads_what_only_its_owner_may(overlay: OverlayFactory
 
 
 @pytest.mark.root
-def test_directories_of_state_are_closed_to_others(overlay: OverlayFactory) -> None:
-    """CVE-2021-41091: who may enter a layer's directory finds its set-user-id programs."""
+def test_cve_2021_41091_directories_of_state_are_closed_to_others(overlay: OverlayFactory) -> None:
+    """Who may enter a layer's directory finds its set-user-id programs."""
     made = overlay({"file": "x"})
     os.chmod(made.merged / "file", 0o600)
     for directory in (made.work, made.work / "work", Path(registry.own_directory())):

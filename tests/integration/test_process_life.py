@@ -471,6 +471,7 @@ def test_a_mount_over_its_own_lower(overlay: OverlayFactory) -> None:
     assert (made.writable / "file").read_text() == "of the lower\nmore\n"
 
 
+@pytest.mark.root  # a user's mount has a second process
 @pytest.mark.parametrize("way", ["pyoverlay", "umount", "SIGTERM", "busy SIGTERM"])
 def test_a_mount_over_the_daemons_own_code(overlay: OverlayFactory, tmp_path: Path, way: str) -> None:
     """The package, and the interpreter's own library, are loaded from a tree that the daemon then mounts over."""

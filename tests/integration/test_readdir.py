@@ -13,8 +13,6 @@ from tests.integration.looks import WHITEOUT, Here, layers, shape
 from tests.posix.check import opened
 from tests.posix.system_calls import DirectoryStream
 
-pytestmark = pytest.mark.root
-
 
 @layers(
     {"both": b"", "only1": b"", "gone": b"", "d": {}},
@@ -33,6 +31,7 @@ def test_a_merged_directory_lists_each_name_once_and_no_whiteout(here: Here) -> 
     {"low": b"", "d": {"y": b""}},
     upper={"up": b"", "d": {"z": b""}},
 )
+@pytest.mark.root
 def test_d_ino_and_d_type_are_those_of_stat_before_and_after_copy_up(here: Here) -> None:
     def listed() -> dict[str, tuple[int, int]]:
         with DirectoryStream(here.merged) as stream:
@@ -120,6 +119,7 @@ def test_two_readers_by_telldir_and_seekdir_while_entries_come_and_go(here: Here
 
 
 @layers({"d": {f"{number}": b"" for number in range(50)}}, upper={"d": {"own": b""}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_reader_of_a_directory_that_moves_goes_on(here: Here) -> None:
     with DirectoryStream(here.merged / "d") as stream:
         names = [entry[0] for entry in (stream.read() for _ in range(20)) if entry is not None]

@@ -17,8 +17,6 @@ from tests.posix.check import fails, opened
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.posix.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 
-pytestmark = pytest.mark.root
-
 
 def assert_the_kernel_shows_the_same(here: Here, directory: Path) -> None:
     """Unmount, let the kernel mount the upper, compare the trees, mount again and compare once more."""
@@ -45,6 +43,7 @@ TREE: Tree = {"f": b"file", "deep": {"g": b"deeper", "s": Symlink("g")}}
 
 
 @layers({"old": TREE, "other": {}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_lower_directory_moves_by_redirect_and_copies_nothing(alone: Here, tmp_path: Path) -> None:
     os.rename(alone.merged / "old", alone.merged / "new")
     moved = {"f": b"file", "deep": {"g": b"deeper", "s": "-> g"}}
@@ -55,6 +54,7 @@ def test_a_lower_directory_moves_by_redirect_and_copies_nothing(alone: Here, tmp
 
 
 @layers({"a": {"b": {"c": {"f": b"deep"}}}, "x": {"y": {}}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_lower_directories_turned_inside_out(alone: Here, tmp_path: Path) -> None:
     m = alone.merged
     os.rename(m / "a" / "b" / "c", m / "x" / "y" / "c")
@@ -67,6 +67,7 @@ def test_lower_directories_turned_inside_out(alone: Here, tmp_path: Path) -> Non
 
 
 @layers({"d": {"low": b"l", "both": b"l"}}, upper={"d": {"up": b"u", "both": b"u"}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_merged_directory_moves_whole(alone: Here, tmp_path: Path) -> None:
     os.rename(alone.merged / "d", alone.merged / "new")
     assert shape(alone.merged) == {"new": {"low": b"l", "up": b"u", "both": b"u"}}
@@ -75,6 +76,7 @@ def test_a_merged_directory_moves_whole(alone: Here, tmp_path: Path) -> None:
 
 
 @layers({"d": {"top": b"t", "both": b"t"}}, {"d": {"bottom": b"b", "both": b"b"}, "e": {"other": b"o"}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_directory_merged_from_two_lowers_moves_whole(alone: Here, tmp_path: Path) -> None:
     os.rename(alone.merged / "d", alone.merged / "e2")
     os.rename(alone.merged / "e", alone.merged / "d")
@@ -83,6 +85,7 @@ def test_a_directory_merged_from_two_lowers_moves_whole(alone: Here, tmp_path: P
 
 
 @layers({"d": TREE})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_moved_lower_directory_can_be_changed_and_moved_again(alone: Here, tmp_path: Path) -> None:
     m = alone.merged
     os.rename(m / "d", m / "e")
@@ -100,6 +103,7 @@ def test_a_moved_lower_directory_can_be_changed_and_moved_again(alone: Here, tmp
 
 
 @layers({"d": TREE})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_directory_made_where_one_moved_away_is_empty(alone: Here, tmp_path: Path) -> None:
     os.rename(alone.merged / "d", alone.merged / "e")
     os.mkdir(alone.merged / "d")
@@ -114,6 +118,7 @@ def test_a_directory_made_where_one_moved_away_is_empty(alone: Here, tmp_path: P
 
 
 @layers({"one": {"a": b"1"}, "two": {"b": b"2", "sub": {"c": b"3"}}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_two_lower_directories_change_places(alone: Here, tmp_path: Path) -> None:
     renameat2(alone.merged / "one", alone.merged / "two", RENAME_EXCHANGE)
     expected = {"one": {"b": b"2", "sub": {"c": b"3"}}, "two": {"a": b"1"}}
@@ -125,6 +130,7 @@ def test_two_lower_directories_change_places(alone: Here, tmp_path: Path) -> Non
 
 
 @layers({"d": TREE, "empty": {}, "hidden": {"x": b""}}, upper={"hidden": {"x": Whiteout()}, "own": {"u": b"u"}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_directory_moves_over_an_empty_one(alone: Here, tmp_path: Path) -> None:
     os.rename(alone.merged / "d", alone.merged / "empty")
     os.rename(alone.merged / "own", alone.merged / "hidden")
@@ -137,6 +143,7 @@ def test_a_directory_moves_over_an_empty_one(alone: Here, tmp_path: Path) -> Non
 
 
 @layers({"full": {"x": b""}, "d": {}, "f": b"f"}, upper={"own": {}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_refused_renames_of_directories_change_nothing(here: Here) -> None:
     for source in ("d", "own"):
         with fails(errno.ENOTEMPTY):
@@ -172,6 +179,7 @@ def test_an_upper_file_moved_leaves_a_whiteout_only_over_a_lower_one(here: Here)
 
 
 @layers({"own": {"below": b"old"}}, upper={"pure": {"deep": {"f": b"f"}}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_pure_upper_directory_over_the_whiteout_of_another_is_opaque(alone: Here, tmp_path: Path) -> None:
     subprocess.run(["rm", "-r", alone.merged / "own"], check=True)
     os.rename(alone.merged / "pure", alone.merged / "own")
@@ -183,6 +191,7 @@ def test_a_pure_upper_directory_over_the_whiteout_of_another_is_opaque(alone: He
 
 
 @layers({"target": {"deep": {"old": b"old"}}}, upper={"pure": {"deep": {"f": b"f"}}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_pure_upper_directory_moved_below_a_merged_one_does_not_merge(alone: Here, tmp_path: Path) -> None:
     subprocess.run(["rm", "-r", alone.merged / "target" / "deep"], check=True)
     os.rename(alone.merged / "pure" / "deep", alone.merged / "target" / "deep")
@@ -191,6 +200,7 @@ def test_a_pure_upper_directory_moved_below_a_merged_one_does_not_merge(alone: H
 
 
 @layers({"d": {"f": b"f", "sub": {"g": b"g"}}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_descriptors_keep_working_while_a_lower_directory_moves(here: Here) -> None:
     m = here.merged
     with (
@@ -209,6 +219,7 @@ def test_descriptors_keep_working_while_a_lower_directory_moves(here: Here) -> N
 
 
 @layers({"d": {"low": b"low"}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_the_mark_of_a_redirect_is_not_shown(here: Here) -> None:
     os.rename(here.merged / "d", here.merged / "e")
     assert os.listxattr(here.merged / "e") == []
@@ -220,6 +231,7 @@ def test_the_mark_of_a_redirect_is_not_shown(here: Here) -> None:
     {"a": {"moved": b"lower"}},
     upper={"a": Whiteout(), "b": Directory({}, xattrs={REDIRECT: b"/test_a_redirect_that_was_there_is_followed/a"})},
 )
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_a_redirect_that_was_there_is_followed(here: Here) -> None:
     assert shape(here.merged) == {"b": {"moved": b"lower"}}
     (here.merged / "b" / "moved").write_bytes(b"changed")
@@ -227,6 +239,7 @@ def test_a_redirect_that_was_there_is_followed(here: Here) -> None:
 
 
 @layers({"d": {f"{number}": {"f": b"%d" % number} for number in range(30)}})
+@pytest.mark.root  # a redirect is followed with trusted.* marks alone
 def test_thirty_lower_directories_shuffled(alone: Here, tmp_path: Path) -> None:
     """Each is moved to where its neighbour was, twice round, by way of a free name."""
     d = alone.merged / "d"
@@ -253,6 +266,7 @@ def test_without_redirects_a_lower_directory_stays_and_mv_copies(overlay: Overla
     assert sorted(shape(made.merged)) == ["e", "own2"]
 
 
+@pytest.mark.root  # mounts it over root's
 def test_with_user_marks_a_lower_directory_moves_by_being_copied_up(overlay: OverlayFactory) -> None:
     made = overlay({"d": {**TREE, "big": b"x" * (1 << 20)}}, {"d": {"below": "below"}}, options=["-o", "userxattr"])
     numbers = {path: os.lstat(made.merged / "d" / path).st_ino for path in ("", "f", "deep", "deep/g", "below", "big")}

@@ -17,8 +17,6 @@ from tests.integration.looks import OPAQUE, WHITEOUT, Here, Opaque, is_opaque, l
 from tests.posix.check import fails, opened
 from tests.posix.system_calls import RENAME_EXCHANGE, renameat2
 
-pytestmark = pytest.mark.root
-
 
 def assert_absent(path: Path) -> None:
     """By name and in the listing, freshly asked."""
@@ -281,6 +279,7 @@ def test_names_with_an_aufs_prefix_and_content_are_ordinary_files(alone: Here) -
 
 
 @layers({"f": File(b"x", uid=1, gid=2)})
+@pytest.mark.root
 def test_a_whiteout_holds_nothing_of_what_it_hides(here: Here) -> None:
     os.chmod(here.merged / "f", 0o4755)
     os.unlink(here.merged / "f")

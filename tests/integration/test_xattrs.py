@@ -12,10 +12,9 @@ from pyoverlay.testing import Directory, File, Symlink
 from tests.integration.looks import OPAQUE, REDIRECT, WHITEOUT, Here, layers, mark, shape
 from tests.posix.check import NOBODY, as_user, fails
 
-pytestmark = pytest.mark.root
-
 
 @layers({"f": File(b"x", xattrs={"user.a": b"1", "trusted.b": b"2", "security.c": b"3"})})
+@pytest.mark.root
 def test_the_first_setxattr_copies_up_and_keeps_the_others(here: Here) -> None:
     os.setxattr(here.merged / "f", "user.new", b"4")
     for layer in (here.merged, here.upper):
@@ -30,6 +29,7 @@ def test_the_first_setxattr_copies_up_and_keeps_the_others(here: Here) -> None:
         "s": Symlink("f", xattrs={"trusted.a": b"1"}),
     }
 )
+@pytest.mark.root
 def test_a_removed_attribute_of_a_lower_object_stays_removed(alone: Here) -> None:
     for name, attribute in (("f", "user.a"), ("d", "user.a"), ("s", "trusted.a")):
         os.removexattr(alone.merged / name, attribute, follow_symlinks=False)
@@ -55,6 +55,7 @@ def test_a_failed_change_of_an_attribute_copies_nothing_up(here: Here) -> None:
 
 
 @layers({"d": {"low": b"low"}, "f": b"f"})
+@pytest.mark.root  # sets what only root may
 def test_a_callers_own_marks_are_kept_apart_and_do_nothing(alone: Here) -> None:
     """Stored one level deeper, shown as they were set (fs/overlayfs/xattrs.c): one overlay can be the upper of another."""
     marks = {OPAQUE: b"y", REDIRECT: b"/elsewhere", "trusted.overlay.whiteout": b"", "trusted.overlay.overlay.opaque": b"deeper"}
@@ -76,6 +77,7 @@ def test_a_callers_own_marks_are_kept_apart_and_do_nothing(alone: Here) -> None:
 
 
 @layers({"d": {"f": b"old"}})
+@pytest.mark.root
 def test_the_overlays_own_marks_are_not_shown(here: Here) -> None:
     (here.merged / "d" / "f").write_bytes(b"new")
     os.rename(here.merged / "d" / "f", here.merged / "d" / "g")
@@ -103,6 +105,7 @@ SECRET = "test_marks_of_the_other_spelling_are_data/secret"
     },
     {"d": {"bottom": b""}, "secret": File(b"secret", mode=0o600)},
 )
+@pytest.mark.root
 def test_marks_of_the_other_spelling_are_data(here: Here) -> None:
     """An ordinary user can set `user.` attributes on files of their own: were they believed, they would open root's files."""
     assert shape(here.merged) == {"d": {"top": b"", "bottom": b""}, "e": {}, "f": b"", "m": b"mine", "secret": b"secret"}
@@ -111,6 +114,7 @@ def test_marks_of_the_other_spelling_are_data(here: Here) -> None:
 
 
 @layers({"secret": File(b"secret", mode=0o600), "home": Directory({}, uid=NOBODY)})
+@pytest.mark.root
 def test_a_user_who_sets_marks_of_the_other_spelling_through_the_mount_gains_nothing(alone: Here) -> None:
     def plant() -> None:
         with open("home/f", "xb") as file:
@@ -129,6 +133,7 @@ def test_a_user_who_sets_marks_of_the_other_spelling_through_the_mount_gains_not
 
 
 @layers({"f": File(b"x", mode=0o600, uid=NOBODY)})
+@pytest.mark.root
 def test_an_ordinary_user_sets_no_mark(here: Here) -> None:
     def plant() -> None:
         for name in (OPAQUE, REDIRECT, "trusted.overlay.whiteout"):

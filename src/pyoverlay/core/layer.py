@@ -267,7 +267,16 @@ class Layer:
         if not names:
             return self.root_fd
         start = above.fd if above.fd >= 0 else self.root_fd
-        return self.cache.put(directory, self.open_descendant(start, names[::-1]))
+        return self.cache.put(directory, self._open_own(directory, start, names[::-1]))
+
+    def _open_own(self, directory: LowerDir, start: int, names: Sequence[bytes]) -> int:
+        try:
+            return self.open_descendant(start, names)
+        except OSError as error:
+            if error.errno != errno.EXDEV or not directory.is_masked or directory.parent is None:
+                raise
+            # A mount that may not be looked behind: the attributes are those of what is mounted, and it shows empty.
+            return os.open(directory.name, _OPEN_DIR, dir_fd=self.dirfd(directory.parent))
 
     def scan(self, dirfd: int) -> list[os.DirEntry[str]]:
         """The entries of a directory, without "." and ".."."""
@@ -370,7 +379,9 @@ _NOTHING = Names({}, frozenset(), False)
 
 
 class Place(NamedTuple):
-    """Where an object's metadata lies: a name in an open directory; the empty name is the object of dirfd itself, "." a directory's own."""
+    """Where an object's metadata lies: a name in an open directory; the empty name is the object of dirfd itself, also a directory: to be
+    reached as "." it would have to be open to its owner.
+    """
 
     layer: Layer
     dirfd: int

@@ -153,16 +153,19 @@ def _masked(*paths: bytes | None) -> frozenset[tuple[int, int]]:
 
 
 def _open_lower(path: bytes, policy: Policy) -> tuple[int, bool]:
-    """(descriptor, is it a clone)."""
-    if policy.privileged:
+    """(descriptor, is it a clone). Root of a user namespace may clone where no mount is locked in place above what it covers."""
+    try:
         fd = syscalls.open_tree(syscalls.AT_FDCWD, path, syscalls.OPEN_TREE_CLONE)
-        try:
-            _make_read_only(fd)
-        except OSError as error:
-            os.close(fd)
-            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
-        return fd, True
-    return os.open(path, _OPEN_DIR), False
+    except OSError:
+        if policy.privileged:
+            raise
+        return os.open(path, _OPEN_DIR), False
+    try:
+        _make_read_only(fd)
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
+    return fd, True
 
 
 def _make_read_only(fd: int) -> None:

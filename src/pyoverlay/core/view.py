@@ -197,7 +197,7 @@ class View:
         directory = inode.lowers[0] if isinstance(inode, Directory) else inode.lower_dir
         if directory is None:
             raise failure(errno.ESTALE)
-        name = b"." if isinstance(inode, Directory) else inode.lower_name
+        name = b"" if isinstance(inode, Directory) else inode.lower_name
         return Place(directory.layer, directory.layer.dirfd(directory), name)
 
     def place(self, inode: Inode) -> Place:
