@@ -59,9 +59,9 @@ enum {
 	FATTR_FH = 1 << 6,
 };
 /* Microseconds. SPIN is longer than a client needs from one reply to its next request; TURN is how long the loop's other tasks may be kept
- * waiting, and HELD_TURN where one of them is known to wait for a thread; requests less than BUSY apart are a client at work. Who was
- * preempted does not spin for the time CROWDED: the processor is wanted, maybe by the very client. */
-static const double SPIN = 60, TURN = 4000, HELD_TURN = 1000, BUSY = 4 * 60, CROWDED = 100e3;
+ * waiting, and HELD_TURN where one of them is known to wait for a thread; requests less than BUSY apart are a client at work. Who is
+ * preempted more often than once in PREEMPTED does not spin for the time CROWDED: the processor is wanted, maybe by the very client. */
+static const double SPIN = 60, TURN = 4000, HELD_TURN = 1000, BUSY = 4 * 60, PREEMPTED = 20e3, CROWDED = 100e3;
 enum { LINGER = 2 };                         /* milliseconds */
 
 static struct {
@@ -70,7 +70,7 @@ static struct {
 	size_t wanted_capacity;
 	bool idle, active;
 	int held;                            /* what the loop waits for besides the device, and would be late for */
-	double spin, last_request, crowded_until;
+	double spin, last_request, crowded_until, counted_at;
 	long preemptions;
 	uint64_t requests[OPCODES];
 	bool is_extra[OPCODES];
@@ -179,11 +179,14 @@ static void shorten(double *spin, double time)
 	if (*spin <= 1)
 		return;
 	*spin /= 2;
-	if (getrusage(RUSAGE_THREAD, &usage) == 0 && usage.ru_nivcsw != wire.preemptions) {
-		wire.preemptions = usage.ru_nivcsw;
+	if (time - wire.counted_at < CROWDED / 2 || getrusage(RUSAGE_THREAD, &usage) < 0)
+		return;                      /* one alone, in a moment, is no sign */
+	if ((double)(usage.ru_nivcsw - wire.preemptions) * PREEMPTED > time - wire.counted_at) {
 		wire.crowded_until = time + CROWDED;
 		*spin = 1;
 	}
+	wire.preemptions = usage.ru_nivcsw;
+	wire.counted_at = time;
 }
 
 /* Sleeps until there is a request, for a while: a client that pauses does not cost a trip through trio's loop, which is ten times as long
