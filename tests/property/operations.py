@@ -51,10 +51,13 @@ class Append(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Truncate(Operation):
+    """By a descriptor: truncate(2) to the same size moves the mtime on ext4, and with us, but not on the tmpfs that the layers lie on."""
+
     size: int
 
     def apply(self) -> None:
-        os.truncate(self.path, self.size)
+        with opened(self.path, os.O_WRONLY | os.O_NONBLOCK) as fd:
+            os.ftruncate(fd, self.size)
 
 
 @dataclass(frozen=True, slots=True)

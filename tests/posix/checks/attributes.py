@@ -214,6 +214,16 @@ def truncate_to_the_same_size_keeps_the_content(d: Path) -> None:
     assert (d / "f").read_bytes() == b"0123456789"
 
 
+@check(file("f", b"0123456789"), times("f", SECOND, SECOND), file("empty", b""), times("empty", SECOND, SECOND))
+def truncate_to_the_same_size_moves_the_mtime(d: Path) -> None:
+    os.truncate(d / "f", 10)
+    os.truncate(d / "empty", 0)
+    assert SECOND not in (os.stat(d / "f").st_mtime_ns, os.stat(d / "empty").st_mtime_ns)
+    os.utime(d / "f", ns=(SECOND, SECOND))
+    os.truncate(d / "f", 10)
+    assert os.stat(d / "f").st_mtime_ns != SECOND
+
+
 @check(file("f", b"0123456789"))
 def truncate_moves_the_mtime(d: Path) -> None:
     os.utime(d / "f", ns=(SECOND, SECOND))
