@@ -48,28 +48,19 @@ def lowers(overlay: OverlayFactory, tmp_path: Path) -> tuple[list[Path], dict[by
     return [Path(lower) for lower in said.stdout.strip().split(":")], comparable(mounted.merged)
 
 
-def test_what_was_exported_comes_back_under_our_mount(lowers: tuple[list[Path], dict[bytes, Entry]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Overlay, KernelOverlay], ids=["ours", "the kernel's"])
+def test_what_was_exported_comes_back(
+    lowers: tuple[list[Path], dict[bytes, Entry]], tmp_path: Path, kind: type[Overlay | KernelOverlay]
+) -> None:
     layers, expected = lowers
     for directory in ("upper", "merged"):
         (tmp_path / directory).mkdir()
-    again = Overlay(tuple(layers), tmp_path / "upper", tmp_path / "merged")
+    again = kind(tuple(layers), tmp_path / "upper", tmp_path / "merged")
     again.mount()
     try:
         assert comparable(again.merged) == expected
     finally:
         again.close()
-
-
-def test_what_was_exported_comes_back_under_the_kernels_overlay(lowers: tuple[list[Path], dict[bytes, Entry]], tmp_path: Path) -> None:
-    layers, expected = lowers
-    for directory in ("upper", "merged"):
-        (tmp_path / directory).mkdir()
-    kernel = KernelOverlay(tuple(layers), tmp_path / "upper", tmp_path / "merged")
-    kernel.mount()
-    try:
-        assert comparable(kernel.merged) == expected
-    finally:
-        kernel.close()
 
 
 def test_a_lower_alone_is_a_layer_and_is_not_touched_by_becoming_one(tmp_path: Path) -> None:
@@ -83,13 +74,15 @@ def test_a_lower_alone_is_a_layer_and_is_not_touched_by_becoming_one(tmp_path: P
     assert comparable(tmp_path / "out") == comparable(tmp_path / "lower")
 
 
-def test_the_lowers_are_printed_as_mount_takes_them(tmp_path: Path) -> None:
-    store = tmp_path / "a:b\\c"
+@pytest.mark.parametrize("is_option", [False, True], ids=["LOWER", "lowerdir="])
+def test_the_lowers_are_printed_as_mount_takes_them(tmp_path: Path, is_option: bool) -> None:
+    store = tmp_path / "a:b\\c,d"
     (tmp_path / "layer.tar").write_bytes(archive(file(b"f", b"content")))
     printed = imported(tmp_path / "layer.tar", store).stdout.strip()
     for directory in ("upper", "merged"):
         (tmp_path / directory).mkdir()
-    mount = subprocess.run(command("mount", printed, tmp_path / "upper", tmp_path / "merged"), check=False, capture_output=True)
+    arguments = ["-o", f"lowerdir={printed}"] if is_option else [printed, tmp_path / "upper"]
+    mount = subprocess.run(command("mount", *arguments, tmp_path / "merged"), check=False, capture_output=True)
     assert mount.returncode == 0, mount.stderr
     try:
         assert (tmp_path / "merged/f").read_bytes() == b"content"

@@ -8,6 +8,7 @@ import re
 import click
 
 from pyoverlay.cli.progress import progress_bar
+from pyoverlay.daemon.options import escape
 from pyoverlay.errors import UsageError
 from pyoverlay.image.importing import Wanted, import_into
 from pyoverlay.image.store import Store
@@ -56,4 +57,4 @@ def command(sources: tuple[str, ...], tag: str | None, devices: bool, max_size: 
     imported = import_into(Store.create(directory), paths, wanted, progress_bar)
     if imported.disarmed:
         click.echo(f"pyoverlay: without the set-id bits or capabilities that only root can keep: {imported.disarmed}", err=True)
-    click.echo(":".join(re.sub(r"([\\:])", r"\\\1", os.fsdecode(lower)) for lower in imported.lowers))
+    click.echo(":".join(map(escape, imported.lowers)))

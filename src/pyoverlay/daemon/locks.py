@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pyoverlay import registry
+from pyoverlay import mountinfo, registry
 from pyoverlay.errors import printable
 
 # How long a predecessor may take to leave: after a plain umount its daemon still syncs the upper.
@@ -75,8 +75,7 @@ def _is_serving(pid: int | None) -> bool:
     record = _record(pid)
     if record is None:
         return False
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return any(line.split(" ")[2] == record.device for line in lines)
+    return any(mount.device == record.device for mount in mountinfo.mounts())
 
 
 def _record(pid: int | None) -> registry.Record | None:
