@@ -51,13 +51,6 @@ def emptied(merged: Merged) -> None:
     merged.unlink("full/two")
 
 
-def group_directory(merged: Merged) -> None:
-    merged.mkdir("group")
-    merged.chmod("group", 0o2775)
-    merged.create("group/gone")
-    merged.unlink("group/gone")
-
-
 def looked_up_links(merged: Merged) -> None:
     merged.walk("first")
     merged.walk("second")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,9 +162,6 @@ def mounted(side: Overlay | KernelOverlay) -> None:
     side.mount()
     (side.merged / "new").write_text("new")
     side.umount()
-
-
-Side = Callable[[Overlay], Overlay | KernelOverlay]
 
 
 @pytest.mark.parametrize("maker", ["ours", "the kernel's"])

@@ -29,7 +29,7 @@ from pyoverlay.core.rename import rename
 from pyoverlay.core.stack import open_view
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from pyoverlay.core.view import View, failure
-from pyoverlay.testing import Entry, Tree, make_tree, snapshot, witness
+from pyoverlay.testing import Entry, Tree, make_tree, witness
 
 IS_ROOT = os.geteuid() == 0
 # Nothing here has to survive a power cut, and a copy-up that waits for the disk takes a hundred times as long.
@@ -439,9 +439,6 @@ class Stack:
         here.rename(there)
         yield
         there.rename(here)
-
-    def upper_tree(self) -> TreeSeen:
-        return snapshot(self.upper)
 
     def work_names(self) -> list[str]:
         """What lies in the work directory, but for the spare whiteout that others are made of."""

@@ -77,7 +77,6 @@ FILES = ["lower_file", "copied_file", "upper_file", "symlink"]
 FULL_DIRECTORIES = ["lower_directory", "merged_directory", "opaque_directory", "pure_directory"]
 EMPTY_DIRECTORIES = ["empty_lower_directory", "empty_upper_directory", "emptied_directory"]
 NOTHING = ["nothing", "whiteout", "whiteout_of_directory"]
-HAVE_LOWERS = ["lower_directory", "merged_directory", "empty_lower_directory", "emptied_directory"]
 
 SOURCES = [*FILES, *FULL_DIRECTORIES, "emptied_directory"]
 TARGETS = [*NOTHING, *FILES, *EMPTY_DIRECTORIES, *FULL_DIRECTORIES]

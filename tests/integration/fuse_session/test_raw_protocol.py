@@ -18,7 +18,7 @@ from pyoverlay.fuse.capabilities import DEFAULT, InitFlag, agreed
 
 pytestmark = [pytest.mark.wire]
 
-GETATTR, SETATTR, READ, WRITE, GETXATTR, INIT, INTERRUPT, IOCTL, DESTROY = 3, 4, 15, 16, 22, 26, 36, 39, 38
+GETATTR, SETATTR, READ, WRITE, GETXATTR, INIT, INTERRUPT, IOCTL = 3, 4, 15, 16, 22, 26, 36, 39
 EVERYTHING = (1 << 43) - 1 & ~InitFlag.OVER_IO_URING
 FILE = 7
 
