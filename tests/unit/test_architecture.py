@@ -122,6 +122,21 @@ def test_imports_point_one_way() -> None:
     assert wrong == []
 
 
+def test_modules_of_the_core_import_those_above_them_in_the_table_of_the_page() -> None:
+    table = (CHECKOUT / "docs/architecture.md").read_text().partition("uses only those above it:")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    place = {name: number for number, row in enumerate(rows) for name in row}
+    core = [module for module in SOURCES if module.room == "core" and module.path.stem != "__init__"]
+    assert place.keys() == {module.path.stem for module in core}
+    wrong = [
+        module.at(line)
+        for module in core
+        for line, name in module.imports()
+        if name.startswith("pyoverlay.core.") and place[name.split(".")[2]] >= place[module.path.stem]
+    ]
+    assert wrong == []
+
+
 def test_outside_packages_are_imported_where_they_belong() -> None:
     wrong = [
         module.at(line)
