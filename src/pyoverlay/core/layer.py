@@ -464,6 +464,14 @@ class Upper(Layer):
             with self._open_to_owner(dirfd, name):
                 return super().read_xattr(dirfd, name, attribute)
 
+    def getmark_of(self, fd: int, mark: bytes) -> bytes | None:
+        """As of any layer; as `read_xattr` where the mode refuses it."""
+        try:
+            return super().getmark_of(fd, mark)
+        except PermissionError:
+            with self._open_to_owner(fd, b""):
+                return super().getmark_of(fd, mark)
+
     def scan(self, dirfd: int) -> list[os.DirEntry[str]]:
         """As of any layer, of a directory closed to its owner too: rmdir(2), which asks whether it is empty, needs no right to read it."""
         try:
