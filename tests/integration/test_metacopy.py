@@ -84,6 +84,19 @@ def test_ours_are_read_by_the_kernel_and_copy_no_data(overlay: OverlayFactory) -
     assert read_back == expected
 
 
+def test_one_that_is_being_read_shows_its_own_attributes(overlay: OverlayFactory) -> None:
+    """The descriptor at hand is of the lower's data, and is not to be asked for a mode that was changed above."""
+    here = overlay(LOWER, options=("-o", "metacopy=on"))
+    path = here.merged / "suid"
+    with path.open("rb") as file:
+        file.read(1)
+        os.chown(path, 5, 6)
+        path.chmod(0o600)
+        os.setxattr(path, "user.note", b"1")  # the kernel asks for the attributes anew
+        st = os.stat(path)
+        assert (oct(st.st_mode), st.st_uid, st.st_gid) == (oct(0o100600), 5, 6)
+
+
 def test_10_gib_change_owner_and_mode_without_a_byte_of_them(overlay: OverlayFactory, tmp_path: Path) -> None:
     here = overlay({}, options=("-o", "metacopy=on"), mount=False)
     here.lowers = (tmp_path / "lower",)  # one that nobody reads from end to end afterwards

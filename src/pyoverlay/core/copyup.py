@@ -390,6 +390,7 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
     copy.inode.metacopy = copy.metacopy
     if copy.metacopy is not None:
         os.close(copy.fd)  # who reads goes on with the data's own
+        view.links_changed(copy.inode)  # and that no longer tells the attributes
     elif copy.fd >= 0:
         view.set_data_fd(copy.inode, copy.fd, is_writable=True)
     log.debug("copied up %d: %d bytes", copy.inode.ino, copy.size)
