@@ -193,3 +193,21 @@ def test_an_immutable_file_opens_and_refuses_the_write(overlay: OverlayFactory) 
         assert (made.merged / "f").read_bytes() == b"old"
     finally:
         subprocess.run(["chattr", "-i", made.writable / "f"], check=True)
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("flag", ["a", "i"])
+def test_the_flags_of_a_file_that_may_not_be_written_are_shown_and_taken_back(overlay: OverlayFactory, flag: str) -> None:
+    """Neither that nor an fsync writes, and so needs a descriptor that does."""
+    made = overlay({"f": b"old"})
+    subprocess.run(["chattr", f"+{flag}", made.merged / "f"], check=True)
+    try:
+        made.remount()  # nothing is open any more
+        shown = subprocess.run(["lsattr", made.merged / "f"], check=True, capture_output=True, text=True)
+        assert flag in shown.stdout.split()[0]
+        with opened(made.merged / "f", os.O_RDONLY) as fd:
+            os.fsync(fd)
+        subprocess.run(["chattr", f"-{flag}", made.merged / "f"], check=True)
+        (made.merged / "f").write_bytes(b"new")
+    finally:
+        subprocess.run(["chattr", "-ai", made.writable / "f"], check=True)

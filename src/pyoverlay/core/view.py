@@ -280,9 +280,9 @@ class View:
         return -1
 
     def own_fd(self, inode: Inode) -> int:
-        """A descriptor, to be closed, of a regular file itself, wherever its data are."""
-        if inode.metacopy is None:
-            return os.dup(self.data_fd(inode, write=inode.in_upper))
+        """A descriptor, to be closed, of a regular file itself, wherever its data are. It reads: an immutable file refuses more."""
+        if inode.metacopy is None and inode.fd >= 0:
+            return os.dup(inode.fd)
         layer, dirfd, name = self.place(inode)
         return layer.open_read(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDONLY)
 
