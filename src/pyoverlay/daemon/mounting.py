@@ -31,7 +31,7 @@ from pyoverlay.fuse.binding import wire
 from pyoverlay.fuse.mountpoint import MountOptions, MountPoint, open_mount_point
 from pyoverlay.fuse.operations import Operations
 from pyoverlay.fuse.session import STOP_SIGNALS, Session
-from pyoverlay.fuse.wired import operations_for
+from pyoverlay.fuse.wired import limit_inodes, operations_for
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         held.callback(point.close)
         entry = _Entry(layers, request.options, rules, point)
         held.callback(entry.close)
-        operations = operations_for(view, wire, writeback=request.options.writeback, inodes=request.options.inodes)
+        operations = operations_for(view, wire, writeback=request.options.writeback)
         proc = open_proc()
         held.callback(os.close, proc)
         session = Session(
@@ -68,6 +68,10 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             beside=lambda: entry.tell(operations),
         )
         logs.stay_off_source_files()
+
+        def on_mount() -> None:
+            privileges.drop(writes=layers.upper is not None)
+            limit_inodes(view, wire, request.options.inodes)
 
         def on_answer() -> None:
             undo.pop_all()
@@ -81,7 +85,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         session.run(
             options,
             on_answer,
-            on_mount=lambda: privileges.drop(writes=layers.upper is not None),
+            on_mount=on_mount,
             stop_at=_stop_signals(request),
             on_signal={signal.SIGUSR1: logs.Level().switch, signal.SIGUSR2: lambda: _say_how_it_is(view, entry.record)},
         )

@@ -310,16 +310,20 @@ class WiredOperations(Operations):
             self._wire.hold(-1)
 
 
-def operations_for(view: View, wire: Wire | None, *, writeback: bool = False, inodes: int | None = None) -> Operations:
+def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) -> Operations:
     """The handlers for a mount with or without the extension.
-
-    inodes: past so many the kernel is asked to forget, where the extension can ask.
 
     writeback: small writes gather in the page cache, which then decides about size and mtime, and a write that fails is heard of at
     fsync or close at the earliest.
     """
     operations = Operations(view) if wire is None else WiredOperations(view, wire)
-    if wire is not None and inodes is not None:
-        Ceiling(view, wire, inodes)
     operations.enable_writeback_cache = operations.answers.shows_writeback = writeback
     return operations
+
+
+def limit_inodes(view: View, wire: Wire | None, inodes: int | None) -> None:
+    """Past so many inodes have the kernel asked to forget, where the extension can ask. Starts a thread, which keeps the privileges that
+    this one has now.
+    """
+    if wire is not None and inodes is not None:
+        Ceiling(view, wire, inodes)
