@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from pyoverlay.image import layout as layouts
 from pyoverlay.image.layout import Descriptor, changing
 from pyoverlay.testing import Entry, File, Overlay, OverlayFactory, Symlink, Tree, Whiteout, make_tree
 from pyoverlay.testing.mounts import command
+from tests.integration.images import comparable, imported, mounted
 from tests.integration.test_export import LOWER, change, names
-from tests.integration.test_import import comparable, imported
 from tests.unit.archives import archive, config_of, digest, directory, file, make_layout, saved_image, symlink
 
 pytestmark = pytest.mark.root
@@ -34,18 +33,6 @@ def commit(*arguments: str | Path, check: bool = True) -> subprocess.CompletedPr
     if check:
         assert (result.returncode, result.stderr) == (0, "")
     return result
-
-
-@contextmanager
-def mounted(lowers: str, place: Path) -> Iterator[Overlay]:
-    """A mount of lowers as `pyoverlay import` prints them, with an empty upper."""
-    make_tree(place, {"upper": {}, "merged": {}})
-    overlay = Overlay(tuple(map(Path, lowers.strip().split(":"))), place / "upper", place / "merged")
-    overlay.mount()
-    try:
-        yield overlay
-    finally:
-        overlay.close()
 
 
 def seen_again(image: Path, place: Path) -> dict[bytes, Entry]:

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pyoverlay.testing import Directory, Entry, Overlay, OverlayFactory, Tree, make_tree, snapshot, witness
 from pyoverlay.testing.mounts import command
+from tests.integration.images import comparable, imported
 from tests.integration.test_export import LOWER, change, export
 from tests.posix.kernel_overlay import KernelOverlay
 from tests.unit.archives import archive, device, file, saved_image
 
 pytestmark = pytest.mark.root
-
-
-def imported(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command("import", *arguments), check=False, capture_output=True, text=True, timeout=60)
-    if check:
-        assert result.returncode == 0, result.stderr
-    return result
-
-
-def comparable(tree: Path) -> dict[bytes, Entry]:
-    """Without what a layer does not carry: the root's own attributes, sockets, and links to names of a lower."""
-    found = snapshot(tree)
-    del found[b"."]
-    return {path: replace(entry, nlink=0) for path, entry in found.items() if entry.kind != "s"}
 
 
 @pytest.fixture

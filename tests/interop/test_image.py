@@ -6,14 +6,13 @@ import json
 import stat
 import subprocess
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pyoverlay.testing import File, Overlay, make_tree
+from pyoverlay.testing import File, make_tree
 from pyoverlay.testing.mounts import command
+from tests.integration.images import mounted
 from tests.interop.docker_diff import CASES, TREE
 from tests.interop.engines import IMAGE, Docker, Podman, run
 from tests.interop.test_docker import described
@@ -27,19 +26,6 @@ CHECKED = "new\nnew\nx\n4755\n2\n/home\n"
 
 def pyoverlay(*arguments: str | Path) -> str:
     return run(*command(*arguments))
-
-
-@contextmanager
-def mounted(lowers: str, place: Path) -> Iterator[Overlay]:
-    """A mount of lowers as `pyoverlay import` prints them."""
-    place.mkdir()
-    make_tree(place, {"upper": {}, "merged": {}})
-    overlay = Overlay(tuple(map(Path, lowers.strip().split(":"))), place / "upper", place / "merged")
-    overlay.mount()
-    try:
-        yield overlay
-    finally:
-        overlay.close()
 
 
 def change(merged: Path) -> None:

@@ -282,12 +282,13 @@ def told(done: list[Operation]) -> str:
     return "after\n" + "\n".join(repr(operation) for operation in done) + "\n"
 
 
-def run(base: Path, sequence: Sequence) -> None:
-    bench = Bench(base, sequence)
-    done: list[Operation] = []
-    before = [witness(lower) for lower in bench.lowers]
-    merged = bench.core(bench.ours, "our-work", sequence.limit)
-    kernel = bench.kernel(bench.theirs, FULL)
+def side_by_side(
+    bench: Bench, merged: Merged, kernel: KernelOverlay, sequence: Sequence, done: list[Operation], *, counts_links: bool
+) -> tuple[TreeSeen, TreeSeen]:
+    """Each operation on both, which answer the same; then the trees, ours and the kernel's. done: gets what was done. Ends both mounts.
+
+    counts_links: whether the link count that an answer ends with has to agree.
+    """
     kernel.mount()
     try:
         ours, theirs = CoreSide(merged), KernelSide(bench.mount_point)
@@ -297,14 +298,24 @@ def run(base: Path, sequence: Sequence) -> None:
             operation = resolved(operation, bench.mount_point)
             done.append(operation)
             expected, got = answer(theirs.run, operation), answer(ours.run, operation)
-            if sequence.forgets and isinstance(expected, tuple) and isinstance(got, tuple):
-                expected, got = expected[:-1], got[:-1]  # see without_link_counts
+            if not counts_links and isinstance(expected, tuple) and isinstance(got, tuple):
+                expected, got = expected[:-1], got[:-1]
             assert got == expected, f"{told(done)}: the kernel says {expected!r}, the core {got!r}"
-        their_tree, our_tree = timeless(snapshot(bench.mount_point)), timeless(merged.tree())
+        return timeless(merged.tree()), timeless(snapshot(bench.mount_point))
     finally:
         kernel.close()
         merged.view.close()
-    same = without_link_counts if sequence.forgets else timeless
+
+
+def run(base: Path, sequence: Sequence) -> None:
+    bench = Bench(base, sequence)
+    done: list[Operation] = []
+    before = [witness(lower) for lower in bench.lowers]
+    merged = bench.core(bench.ours, "our-work", sequence.limit)
+    kernel = bench.kernel(bench.theirs, FULL)
+    counts_links = not sequence.forgets  # see without_link_counts
+    our_tree, their_tree = side_by_side(bench, merged, kernel, sequence, done, counts_links=counts_links)
+    same = timeless if counts_links else without_link_counts
     assert difference(same(our_tree), same(their_tree)) == [], f"{told(done)}the trees differ (ours, the kernel's)"
     assert [witness(lower) for lower in bench.lowers] == before, "a lower was changed"
     assert os.listdir(base / "our-work/work") == [], "something is left in the work directory"

@@ -17,8 +17,8 @@ from pyoverlay.core.stack import open_view
 from pyoverlay.testing import snapshot, witness
 from tests.posix.kernel_overlay import FULL, KernelOverlay
 from tests.property.draws import SEQUENCES, drawn
-from tests.property.sequences import Operation, Sequence, resolved, sequences
-from tests.property.test_core_oracle import POLICY, Bench, CoreSide, KernelSide, answer, difference, told
+from tests.property.sequences import Operation, Sequence, sequences
+from tests.property.test_core_oracle import POLICY, Bench, difference, side_by_side, told
 from tests.unit.merged import Merged, TreeSeen, timeless
 
 pytestmark = pytest.mark.root
@@ -68,20 +68,7 @@ def run(bench: IndexedBench, sequence: Sequence) -> None:
     before = [witness(lower) for lower in bench.lowers]
     merged = bench.core_over(bench.ours, OURS, sequence.limit)
     kernel = bench.kernel_over(bench.theirs, THEIRS)
-    kernel.mount()
-    try:
-        ours, theirs = CoreSide(merged), KernelSide(bench.mount_point)
-        for number, operation in enumerate(sequence.operations):
-            if number in sequence.forgets:
-                merged.forget()
-            operation = resolved(operation, bench.mount_point)
-            done.append(operation)
-            expected, got = answer(theirs.run, operation), answer(ours.run, operation)
-            assert got == expected, f"{told(done)}: the kernel says {expected!r}, the core {got!r}"
-        their_tree, our_tree = timeless(snapshot(bench.mount_point)), timeless(merged.tree())
-    finally:
-        kernel.close()
-        merged.view.close()
+    our_tree, their_tree = side_by_side(bench, merged, kernel, sequence, done, counts_links=True)
     assert difference(our_tree, their_tree) == [], f"{told(done)}the trees differ (ours, the kernel's)"
     assert [witness(lower) for lower in bench.lowers] == before, "a lower was changed"
     for upper, work, whose in ((bench.ours, OURS, "our"), (bench.theirs, THEIRS, "the kernel's")):
