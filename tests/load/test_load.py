@@ -78,9 +78,16 @@ def forget_all(directory: Path, is_done: Callable[[], bool]) -> bool:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Iterator[Image]:
+def own_mounts() -> Iterator[None]:
+    """What is mounted here nobody else holds: a container that somebody starts would keep each mount, and its daemon, for as long."""
+    with private_mounts():
+        yield
+
+
+@pytest.fixture
+def image(own_mounts: None, tmp_path: Path) -> Iterator[Image]:
     """A file system of its own, so that unmounting waits for nobody else's data."""
-    with private_mounts(), mounted_image("ext4", tmp_path, 1 << 30) as made:
+    with mounted_image("ext4", tmp_path, 1 << 30) as made:
         yield made
 
 
@@ -159,6 +166,7 @@ def kill_at_work(work: Work, seed: int) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.usefixtures("own_mounts")
 @pytest.mark.parametrize(
     "number",
     [pytest.param(20_000, marks=pytest.mark.timeout(120)), pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
@@ -185,6 +193,7 @@ def test_many_files_in_one_directory_made_listed_and_removed(tmp_path: Path, num
 
 
 @pytest.mark.root
+@pytest.mark.usefixtures("own_mounts")
 @pytest.mark.parametrize(
     "number", [pytest.param(12, marks=pytest.mark.timeout(120)), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
