@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,31 @@ def view(tmp_path: Path) -> View:
     return open_view([os.fsencode(tmp_path)], None, None, Policy(userxattr=True, privileged=False))
 
 
-def test_an_older_kernel_is_told_to_drop_the_names_of_files(view: View) -> None:
-    """A directory's name stays: what is mounted below would go with it."""
-    kernel = OldKernel()
-    Ceiling(view, kernel, 2)  # type: ignore[arg-type] # as much of the extension as is asked for
+def look_up(view: View) -> None:
     for name in (b"first", b"directory", b"second", b"last"):
         found = view.lookup(view.root, name)
         assert found is not None
         found[0].nlookup += 1
+
+
+def test_an_older_kernel_is_told_to_drop_the_names_of_files(view: View) -> None:
+    """A directory's name stays: what is mounted below would go with it."""
+    kernel = OldKernel()
+    Ceiling(view, kernel, 2, drops_names=True)  # type: ignore[arg-type] # as much of the extension as is asked for
+    look_up(view)
     view.trim()
     assert [kernel.dropped.get(timeout=10) for _ in range(3)] == [(1, b"first"), (1, b"second"), (1, b"last")]
+    view.close()
+
+
+def test_an_older_kernel_drops_no_name_that_the_user_did_not_ask_for(view: View) -> None:
+    """What is mounted on a file, as an engine's resolv.conf, would go with its name."""
+    kernel, others = OldKernel(), set(threading.enumerate())
+    Ceiling(view, kernel, 2)  # type: ignore[arg-type] # as much of the extension as is asked for
+    look_up(view)
+    (thread,) = set(threading.enumerate()) - others
+    view.trim()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert kernel.dropped.empty()
     view.close()

@@ -23,7 +23,7 @@ from pyoverlay.core.stack import open_view
 from pyoverlay.core.view import View
 from pyoverlay.daemon import control, logs, privileges, refusals
 from pyoverlay.daemon.holders import described, holders, open_proc
-from pyoverlay.daemon.options import Options, policy
+from pyoverlay.daemon.options import DEFAULT_INODES, Options, policy
 from pyoverlay.daemon.refusals import Directory, Layers
 from pyoverlay.daemon.request import Request
 from pyoverlay.errors import NoPrivilege, Refusal, printable
@@ -71,7 +71,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
 
         def on_mount() -> None:
             privileges.drop(writes=layers.upper is not None)
-            limit_inodes(view, wire, request.options.inodes)
+            limit_inodes(view, wire, request.options.inodes or DEFAULT_INODES, drops_names=request.options.inodes is not None)
 
         def on_answer() -> None:
             undo.pop_all()

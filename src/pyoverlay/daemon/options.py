@@ -57,7 +57,7 @@ class Options:
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
     writeback: bool = False
-    inodes: int = DEFAULT_INODES
+    inodes: int | None = None  # DEFAULT_INODES
     squash_uid: int | None = None
     squash_gid: int | None = None
     uid_map: tuple[IdRange, ...] = ()

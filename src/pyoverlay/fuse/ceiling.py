@@ -1,8 +1,9 @@
 """A ceiling on the inodes that the kernel remembers, and so on the memory that remembering them takes here.
 
 The kernel may believe what it is told for ever, so it forgets when the machine is short of memory, and else never. Past the ceiling those
-that it has known longest are given back: FUSE_NOTIFY_PRUNE asks the kernel to forget what nobody uses (protocol 7.45, Linux 6.18); an
-older one is told to drop their names (FUSE_NOTIFY_INVAL_ENTRY), which ends the same way. FORGETs answer.
+that it has known longest are given back: FUSE_NOTIFY_PRUNE asks the kernel to forget what nobody uses (protocol 7.45, Linux 6.18). An
+older one can only be told to drop their names (FUSE_NOTIFY_INVAL_ENTRY), which ends the same way, but unmounts whatever is mounted on one
+of them (d_invalidate), as container engines mount their resolv.conf; so it is told that only where the user has asked. FORGETs answer.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ class _Known(NamedTuple):
 
 
 class Ceiling:
-    """Has the kernel forget inodes of `view` past `limit`, from a thread of its own: a notification waits for requests in flight."""
+    """Has the kernel forget inodes of `view` past `limit`, from a thread of its own: a notification waits for requests in flight.
 
-    def __init__(self, view: View, wire: Wire, limit: int) -> None:
+    drops_names: on an older kernel too.
+    """
+
+    def __init__(self, view: View, wire: Wire, limit: int, *, drops_names: bool = False) -> None:
         self._view = view
         self._wire = wire
         self._batch = max(_LEAST_BATCH, limit // 8)
@@ -43,6 +47,7 @@ class Ceiling:
         self._next = 0.0
         self._batches: queue.SimpleQueue[list[_Known]] = queue.SimpleQueue()
         self._can_prune = True
+        self._drops_names = drops_names
         view.inode_limit = limit
         view.when_crowded = self.lower
         # Before the first request: a thread started while a file is made for a caller would keep that caller's ids.
@@ -66,6 +71,8 @@ class Ceiling:
                 if error.errno == errno.ENOTCONN:
                     return  # unmounted
                 log.warning("inodes past the limit are kept: %s", error.strerror)
+            if not (self._can_prune or self._drops_names):
+                return  # and stay busy: there is nothing to ask for
             self._next = time.monotonic() + _PAUSE
             self._is_busy = False
 
@@ -79,6 +86,9 @@ class Ceiling:
                 self._can_prune = False
             else:
                 return
+        if not self._drops_names:
+            log.info("this kernel cannot be asked to forget single inodes: it remembers more than %d", self._view.inode_limit)
+            return
         for known in batch:
             if known.is_directory:
                 continue  # what is mounted on it or below it would go with the name

@@ -321,9 +321,9 @@ def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) ->
     return operations
 
 
-def limit_inodes(view: View, wire: Wire | None, inodes: int | None) -> None:
-    """Past so many inodes have the kernel asked to forget, where the extension can ask. Starts a thread, which keeps the privileges that
-    this one has now.
+def limit_inodes(view: View, wire: Wire | None, inodes: int, *, drops_names: bool = False) -> None:
+    """Past so many inodes have the kernel asked to forget, where the extension can ask; drops_names: see Ceiling. Starts a thread, which
+    keeps the privileges that this one has now.
     """
-    if wire is not None and inodes is not None:
-        Ceiling(view, wire, inodes)
+    if wire is not None:
+        Ceiling(view, wire, inodes, drops_names=drops_names)
