@@ -50,10 +50,8 @@ class Manner:
 
 @dataclass(slots=True)
 class Written:
-    """What was written: members, bytes of the archive, its SHA-256, and the sockets that were left out."""
+    """What was written: the SHA-256 of the archive, and how many sockets were left out."""
 
-    members: int = 0
-    size: int = 0
     digest: str = ""
     sockets: int = 0
 
@@ -77,17 +75,15 @@ def write_layer(
     written = Written()
     sha256 = hashlib.sha256()
 
-    def count(data: bytes) -> None:
-        written.size += len(data)
+    def take(data: bytes) -> None:
         sha256.update(data)
         write(data)
 
-    archive = TarWriter(count)
+    archive = TarWriter(take)
     for change in changes(view, knows_lowers=target.knows_lowers, name=target.given):
         if isinstance(change, Object) and stat.S_ISSOCK(change.st.st_mode):
             written.sockets += 1
             continue
-        written.members += 1
         _add(archive, view, change, manner, progress)
     archive.close()
     written.digest = sha256.hexdigest()

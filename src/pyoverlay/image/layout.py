@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.errors import Refusal
-from pyoverlay.image.publishing import replacing
+from pyoverlay.image.publishing import beside, replacing
 from pyoverlay.image.sources import REF_NAME, blob_name
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -195,9 +195,7 @@ def _changed(layout: Layout) -> Iterator[Layout]:
 
 def _made(path: bytes) -> Iterator[Layout]:
     """Built beside its place and moved there by one rename."""
-    above, name = os.path.split(os.path.abspath(path))
-    temporary = b".%s.%s" % (name[:200], secrets.token_hex(6).encode())
-    building = os.path.join(above, temporary)
+    building = beside(os.path.abspath(path))
     os.mkdir(building)
     try:
         os.makedirs(os.path.join(building, b"blobs/sha256"))
@@ -207,9 +205,10 @@ def _made(path: bytes) -> Iterator[Layout]:
         yield Layout(building)
         os.rename(building, path)
     except BaseException:
+        above, name = os.path.split(building)
         fd = os.open(above, _OPEN_DIR)
         try:
-            remove_tree(Calls(), fd, temporary)
+            remove_tree(Calls(), fd, name)
         finally:
             os.close(fd)
         raise

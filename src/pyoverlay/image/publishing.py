@@ -11,6 +11,12 @@ from typing import BinaryIO
 from pyoverlay.errors import Refusal
 
 
+def beside(path: bytes) -> bytes:
+    """A new hidden name in the same directory, for what is to get the name `path` once it is whole."""
+    above, name = os.path.split(path)
+    return os.path.join(above, b".%s.%s" % (name[:200], secrets.token_hex(6).encode()))
+
+
 @contextmanager
 def replacing(path: bytes, mode: int = 0o644) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends without an error; else nothing has changed.
@@ -22,7 +28,7 @@ def replacing(path: bytes, mode: int = 0o644) -> Iterator[BinaryIO]:
     if os.path.exists(path) and not os.path.isfile(path):
         yield from _written_in_place(path)
         return
-    temporary = os.path.join(os.path.dirname(path), b".%s.%s" % (os.path.basename(path)[:200], secrets.token_hex(6).encode()))
+    temporary = beside(path)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     except OSError as error:
