@@ -19,7 +19,18 @@ import pytest
 from pyoverlay.testing import File, Overlay, OverlayFactory, Tree, make_tree
 from tests.integration.test_data_integrity import extension
 from tests.posix.check import NOBODY, SOMEBODY, as_user, fails, opened
-from tests.posix.system_calls import CAP_NET_RAW, capability, fallocate
+from tests.posix.system_calls import (
+    ACL_ACCESS,
+    ACL_GROUP_OBJ,
+    ACL_MASK,
+    ACL_OTHER,
+    ACL_USER,
+    ACL_USER_OBJ,
+    CAP_NET_RAW,
+    acl,
+    capability,
+    fallocate,
+)
 
 pytestmark = pytest.mark.root
 
@@ -178,6 +189,19 @@ def test_a_chown_that_changes_nothing_keeps_setuid(overlay: OverlayFactory) -> N
     made = overlay({"f": privileged_file("suid")})
     os.chown(made.merged / "f", -1, -1)
     assert os.stat(made.merged / "f").st_mode & 0o7777 == MODES["suid"]
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20], ids=["copied-up-at-once", "copied-up-by-a-thread"])
+@pytest.mark.parametrize(("caller", "group", "mode"), [(NOBODY, GROUP, 0o0775), (NOBODY, NOBODY, 0o2775), (0, GROUP, 0o2775)])
+def test_an_acl_set_by_somebody_not_of_the_group_clears_setgid(
+    overlay: OverlayFactory, size: int, caller: int, group: int, mode: int
+) -> None:
+    """CVE-2016-7097. The kernel says that it should go in a longer SETXATTR only, which libfuse does not know."""
+    made = overlay({"f": File(b"x" * size, mode=0o2755, uid=NOBODY, gid=group)})
+    value = acl((ACL_USER_OBJ, 7), (ACL_USER, 7, SOMEBODY), (ACL_GROUP_OBJ, 5), (ACL_MASK, 7), (ACL_OTHER, 5))
+    as_user(made.merged, lambda: os.setxattr("f", ACL_ACCESS, value), caller)
+    assert oct(os.stat(made.merged / "f").st_mode & 0o7777) == oct(mode)
+    assert os.stat(made.writable / "f").st_mode & 0o7777 == mode
 
 
 @pytest.mark.wire

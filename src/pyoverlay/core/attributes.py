@@ -118,3 +118,14 @@ def drop_privileges_of(view: View, inode: Inode) -> None:
     # Asked first: without CAP_SETFCAP the removal is EPERM, whether there is something to remove or not.
     if layer.getxattr(dirfd, name, CAPABILITY) is not None:
         calls.removexattr(dirfd, name, CAPABILITY)
+
+
+def drop_setgid_of(view: View, inode: Inode, *, unless: int) -> None:
+    """Clear sgid of a file that got an ACL from somebody whose group, `unless`, as the view shows it, is not the file's (CVE-2016-7097).
+
+    Of the caller's other groups the kernel tells us nothing, so a member by one of those has to set it again.
+    """
+    st = view.stat(inode)
+    if st.st_mode & stat.S_ISGID and view.owners.shown(st)[1] != unless:
+        _, dirfd, name = view.place(inode)
+        view.upper.calls.chmod(dirfd, name, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)

@@ -109,8 +109,8 @@ static PyObject *call_setxattr(PyObject *f, const struct request *r)
 	const char *value, *name = name_at(r, sizeof *in, &value), *end = r->mem + r->size;
 	size_t there = value < end ? (size_t)(end - value) : 0;
 
-	return PyObject_CallFunction(f, "Kyy#I", (unsigned long long)header_of(r)->nodeid, name, value,
-		(Py_ssize_t)(in->size < there ? in->size : there), in->flags);
+	return PyObject_CallFunction(f, "Kyy#III", (unsigned long long)header_of(r)->nodeid, name, value,
+		(Py_ssize_t)(in->size < there ? in->size : there), in->flags, header_of(r)->uid, header_of(r)->gid);
 }
 
 static PyObject *call_copy(PyObject *f, const struct request *r)

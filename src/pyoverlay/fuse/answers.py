@@ -18,6 +18,7 @@ from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core import rename as renaming
 from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
+from pyoverlay.core.owners import ACLS
 from pyoverlay.core.policy import Fsync, Verity
 from pyoverlay.core.syscalls import RENAME_EXCHANGE
 from pyoverlay.core.view import View, failure
@@ -177,10 +178,13 @@ class Answers:
             return [name for name in names if not name.startswith(b"trusted.")]
         return names
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, uid: int, gid: int) -> None:
         if flags:
             self._refuse_by_flags(ino, name, flags)
-        attributes.setxattr(self.view, self._copied_up(ino), name, value)
+        inode = self._copied_up(ino)
+        attributes.setxattr(self.view, inode, name, value)
+        if uid and name == ACLS[0] and inode.is_regular:
+            attributes.drop_setgid_of(self.view, inode, unless=gid)
 
     def _refuse_by_flags(self, ino: int, name: bytes, flags: int) -> None:
         """XATTR_CREATE and XATTR_REPLACE, before anything is copied up."""

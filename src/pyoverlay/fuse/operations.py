@@ -225,7 +225,7 @@ class Operations(pyfuse3.Operations):
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._copied_up(inode)
-        self.answers.setxattr(inode, name, value)
+        self.answers.setxattr(inode, name, value, 0, ctx.uid, ctx.gid)
 
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

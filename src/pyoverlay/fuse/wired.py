@@ -116,9 +116,9 @@ class WiredAnswers(Answers):
             self._wire.no_xattr(ino, True, True)
         return names
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, uid: int, gid: int) -> None:
         self._wire.no_xattr(ino, False)
-        super().setxattr(ino, name, value, flags)
+        super().setxattr(ino, name, value, flags, uid, gid)
 
     def _made(self, parent: int, shown: Shown) -> Shown:
         """A new object has no ACL, unless its directory gives it one."""
