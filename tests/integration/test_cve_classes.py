@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 import struct
 import subprocess
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from pyoverlay import registry
 from pyoverlay.testing import Device, File, Overlay, OverlayFactory, make_tree
-from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER
+from pyoverlay.testing.mounts import command
+from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER, with_fuse
 from tests.integration.unprivileged import as_user as by_user
 from tests.posix.check import NOBODY, as_user, fails
 from tests.posix.system_calls import ACL_ACCESS, ACL_DEFAULT, ACL_GROUP_OBJ, ACL_MASK, ACL_OTHER, ACL_USER, ACL_USER_OBJ, acl
@@ -200,6 +203,55 @@ def test_cve_2023_0386_a_program_of_root_is_not_copied_up_by_who_is_not_root(hom
     assert result.returncode == 0
     assert result.stderr.startswith("touch: ")
     assert os.listdir(home / "upper") == []
+
+
+# As root of a user namespace that maps a range of ids, the overflow id among them; the maps are written from outside.
+AS_ROOT_OF_A_RANGE = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x10000000 | 0x00020000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWUSER | CLONE_NEWNS
+print("unshared", flush=True)
+sys.stdin.readline()
+os.setgroups([]), os.setresgid(0, 0, 0), os.setresuid(0, 0, 0)
+os.execvp("sh", ["sh", "-ec", sys.argv[1]])
+"""
+
+
+def as_root_of_a_range(home: Path, first: int, script: str) -> str:
+    """What a script prints in a user namespace whose ids 0 to 65535 are those from `first` on outside."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run"), "PYTHONPATH": str(Path(registry.__file__).parents[1])}
+    with subprocess.Popen(
+        [*with_fuse(home), sys.executable, "-c", AS_ROOT_OF_A_RANGE, script],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, cwd=home, env={**environment, "po": shlex.join(command())},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "unshared\n"
+        for kind in ("uid_map", "gid_map"):
+            Path(f"/proc/{process.pid}/{kind}").write_text(f"0 {first} 65536")
+        return process.communicate("go\n", timeout=30)[0]
+
+
+def test_cve_2023_0386_an_owner_without_an_id_is_not_taken_for_who_has_the_overflow_id(home: Path) -> None:
+    first = 100_000
+    for path in (home, *home.iterdir()):
+        os.chown(path, first, first)
+    nobody = first + NOBODY
+    owned = (("roots", 0, 0, 0o6755), ("open", 0, 0, 0o6777), ("group", first, 0, 0o2755), ("nobody", nobody, nobody, 0o644))
+    for name, uid, gid, mode in owned:
+        (home / "lower" / name).write_text("program")
+        os.chown(home / "lower" / name, uid, gid)
+        os.chmod(home / "lower" / name, mode)
+    (home / "lower/directory").mkdir()
+    os.symlink("roots", home / "lower/link")
+    told = as_root_of_a_range(
+        home, first, "$po mount lower upper merged; cd merged; for n in *; do touch -h $n || true; done; cd ..; $po umount merged"
+    )
+    assert sorted(line.split("'")[1] for line in told.splitlines()) == ["directory", "group", "open", "roots"], told
+    assert told.count(os.strerror(errno.EOVERFLOW)) == 4
+    assert sorted(os.listdir(home / "upper")) == ["link", "nobody"]
+    assert os.stat(home / "upper/nobody").st_uid == nobody
 
 
 @pytest.mark.parametrize("what", ["new", "of-the-lower"])

@@ -29,11 +29,20 @@ def make_home(path: Path) -> None:
         os.chown(path / directory, USER, USER)
 
 
-def as_user(home: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with `$po` the command line, in a mount namespace of its own.
+def with_fuse(home: Path) -> list[str]:
+    """What to put before a program that is to have a mount namespace of its own with a /dev/fuse that anybody may open.
 
-    Not every machine lets users open /dev/fuse: here it is a node of the test's own.
+    Not every machine lets users open its own: here it is a node of the test's.
     """
+    node = home / "fuse"
+    if not node.exists():
+        os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))
+        node.chmod(0o666)
+    return ["unshare", "-m", "sh", "-ec", 'mount --bind "$0" /dev/fuse; exec "$@"', str(node)]
+
+
+def as_user(home: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with `$po` the command line, in a mount namespace of its own."""
     if shutil.which("fusermount3") is None or shutil.which("setpriv") is None:
         pytest.fail("these tests want fusermount3 and setpriv")
     environment = {
@@ -43,12 +52,7 @@ def as_user(home: Path, script: str) -> subprocess.CompletedProcess[str]:
     user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
     if subprocess.run([*user, sys.executable, "-c", ""], check=False, capture_output=True).returncode != 0:
         pytest.skip(f"{sys.executable} is out of an ordinary user's reach")
-    node = home / "fuse"
-    if not node.exists():
-        os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))
-        node.chmod(0o666)
-    private = ["unshare", "-m", "sh", "-ec", 'mount --bind "$0" /dev/fuse; exec "$@"', str(node)]
     return subprocess.run(
-        [*private, *user, "sh", "-ec", script],
+        [*with_fuse(home), *user, "sh", "-ec", script],
         check=False, capture_output=True, text=True, timeout=30, cwd=home, env=environment,
     )  # fmt: skip

@@ -133,8 +133,8 @@ def test_a_fifo_in_a_layer_is_never_opened(stack: StackFactory) -> None:
 def test_a_layer_has_no_method_that_changes_anything() -> None:
     reading = {name for name in vars(Layer) if not name.startswith("_")}
     assert reading == {
-        "close", "dirfd", "fstat", "getmark", "getmark_of", "getxattr", "listmarks", "listxattr", "open_descendant", "open_dir",
-        "open_read", "read_xattr", "readlink", "scan", "stat",
+        "close", "dirfd", "fstat", "getmark", "getmark_of", "getxattr", "knows_owner", "listmarks", "listxattr", "open_descendant",
+        "open_dir", "open_read", "read_xattr", "readlink", "scan", "stat",
     }  # fmt: skip
     assert {"set_mark", "whiteout", "open_write"} <= vars(Upper).keys()
 

@@ -13,8 +13,8 @@ import pytest
 
 from pyoverlay.core import attributes
 from pyoverlay.core.attributes import Wanted
-from pyoverlay.core.owners import OVERFLOW, Owners
-from pyoverlay.core.policy import IdRange, Policy
+from pyoverlay.core.owners import Owners
+from pyoverlay.core.policy import OVERFLOW, IdRange, Policy
 from pyoverlay.testing import Directory, File
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY

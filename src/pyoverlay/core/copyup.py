@@ -406,6 +406,8 @@ def copy_attributes(
     """
     dirfd = upper.work_fd
     uid, gid = upper.squash
+    if upper.doubts_owners and (uid, gid) == (None, None) and not source.layer.knows_owner(source.dirfd, source.name, st):
+        raise failure(errno.EOVERFLOW)
     upper.calls.chown(dirfd, name, st.st_uid if uid is None else uid, st.st_gid if gid is None else gid)
     copy_xattrs(upper, source, dirfd, name)
     if origin is not None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, overrides, syscalls
 from pyoverlay.core.calls import Calls, proc_path, remove_tree
-from pyoverlay.core.policy import Fsync, Whiteouts
+from pyoverlay.core.policy import OVERFLOW, Fsync, Whiteouts
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +201,26 @@ class Layer:
             if not self._noatime:
                 raise
             return os.open(name, flags, dir_fd=dirfd)
+
+    def knows_owner(self, dirfd: int, name: bytes, st: os.stat_result) -> bool:
+        """Is the overflow id, if an object shows it, surely its owner's or group's? For a user namespace in which this id is somebody's.
+
+        The kernel does not say. But it does not let our capabilities count for an object whose owner or group it cannot map
+        (capable_wrt_inode_uidgid), so that a right which only they can give is there or not; where the mode gives it, nothing is known.
+        To whom a symlink belongs does not matter.
+        """
+        if OVERFLOW not in (st.st_uid, st.st_gid) or stat.S_ISLNK(st.st_mode):
+            return True
+        given = stat.S_IWGRP | stat.S_IWOTH | (stat.S_IWUSR if st.st_uid == os.geteuid() else 0)
+        if st.st_mode & given:
+            return False
+        try:
+            syscalls.faccessat2(dirfd, name, os.W_OK)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return error.errno == errno.EROFS  # the right is there, on a layer that is mounted read-only
+        return True
 
     def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
         """getxattr(2) of a name; empty: of dirfd itself."""
@@ -410,6 +430,7 @@ class Upper(Layer):
         self._temporary = itertools.count(1)
         self.takes_devices = True
         self.reads_aufs = False  # `.wh.NAME` is a whiteout: an image's layer that an engine stored, mounted as an upper
+        self.doubts_owners = False  # an id that shows as the overflow id may be unmapped
         self.squash: tuple[int | None, int | None] = (None, None)  # the owner that everything has in the view, if it is one
         self._spare: bytes | None = None
         self._litter: list[bytes] = []  # what could not be discarded

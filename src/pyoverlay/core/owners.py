@@ -12,9 +12,8 @@ import os
 import struct
 from collections.abc import Callable
 
-from pyoverlay.core.policy import IdRange, Policy
+from pyoverlay.core.policy import OVERFLOW, IdRange, Policy
 
-OVERFLOW = 65534  # DEFAULT_OVERFLOWUID of <linux/highuid.h>
 ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 # <linux/posix_acl_xattr.h>: a header with the version, then entries of tag, permissions, id.

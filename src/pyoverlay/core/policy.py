@@ -55,6 +55,9 @@ class Override(Enum):
         return names.get(self)
 
 
+OVERFLOW = 65534  # DEFAULT_OVERFLOWUID of <linux/highuid.h>: whoever has no id here shows as this one
+
+
 class IdRange(NamedTuple):
     """`length` ids, from `stored` on in the layers, from `shown` on in the merged view."""
 
@@ -87,6 +90,7 @@ class Policy:
     userxattr: marks are `user.overlay.*` instead of `trusted.overlay.*`; redirect and metacopy marks are then never followed.
     read_only: there is no upper.
     privileged: the process has the capabilities a mount of the initial user namespace gives (layers are cloned, owners are set).
+    overflow_is_mapped: in our user namespace the overflow id is somebody's, so who shows as it may be unmapped or not.
     uid_map, gid_map: ranges that do not overlap, on neither side; none: ids are kept.
     metacopy: a change of attributes alone copies no data up. verity: see there.
     rename_copy_limit: bytes that renaming a directory of a lower may copy where, for `user.` marks, it cannot be redirected.
@@ -103,6 +107,7 @@ class Policy:
     fsync: Fsync = Fsync.ORDERED
     rename_copy_limit: int = 1 << 30
     privileged: bool = True
+    overflow_is_mapped: bool = False
     squash_uid: int | None = None
     squash_gid: int | None = None
     uid_map: tuple[IdRange, ...] = ()

@@ -197,6 +197,7 @@ def _open_upper(
         layer.keeps_order = keeps_order(upper_fd)
         layer.override = policy.override.attribute
         layer.reads_aufs = policy.whiteouts is Whiteouts.AUFS
+        layer.doubts_owners = policy.overflow_is_mapped
         layer.squash = (policy.squash_uid, policy.squash_gid)
         return layer
     except OSError:

@@ -18,6 +18,7 @@ _path, _off, _size, _pointer = ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t,
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
+AT_EACCESS = 0x200
 AT_SYMLINK_FOLLOW = 0x400
 AT_EMPTY_PATH = 0x1000
 
@@ -41,7 +42,7 @@ _CAPABILITY_HEADER = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSI
 UTIME_OMIT = (1 << 30) - 2
 
 # System call numbers above 423 are the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
-_SYS_open_tree, _SYS_openat2, _SYS_mount_setattr, _SYS_fchmodat2 = 428, 437, 442, 452
+_SYS_open_tree, _SYS_openat2, _SYS_faccessat2, _SYS_mount_setattr, _SYS_fchmodat2 = 428, 437, 439, 442, 452
 
 
 def _prototype(name: str, *argtypes: Any) -> Any:
@@ -95,6 +96,13 @@ def linkat(olddirfd: int, old: bytes, newdirfd: int, new: bytes, flags: int = 0)
     """linkat(2), with AT_EMPTY_PATH and AT_SYMLINK_FOLLOW, which os.link cannot say."""
     if _linkat(olddirfd, old, newdirfd, new, flags):
         raise _failed(new)
+
+
+def faccessat2(dirfd: int, name: bytes, mode: int) -> None:
+    """faccessat2(2) of a name (not followed) or of dirfd itself, for the effective ids. os.access() keeps the errno to itself."""
+    flags = AT_EACCESS | (AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH)
+    if _syscall(_long(_SYS_faccessat2), _long(dirfd), _path(name), _long(mode), _long(flags)):
+        raise _failed(name)
 
 
 def fchmodat(dirfd: int, name: bytes, mode: int) -> None:

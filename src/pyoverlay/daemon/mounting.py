@@ -46,7 +46,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
     privileged = refusals.is_privileged()
     if os.geteuid() == 0:
         syscalls.keep_capabilities_over_setfsuid()
-    rules = policy(request.options, privileged=privileged)
+    rules = policy(request.options, privileged=privileged, overflow_is_mapped=refusals.overflow_is_mapped())
     with ExitStack() as held, ExitStack() as undo, ExitStack() as looked:
         layers = refusals.examine(request.options, request.merged, held, looked, undo, userxattr=rules.userxattr)
         view = _open(layers, rules)

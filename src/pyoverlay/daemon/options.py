@@ -104,7 +104,7 @@ def with_directories(options: Options, *, lowers: str | None = None, upper: str 
     return _consistent(options)
 
 
-def policy(options: Options, *, privileged: bool) -> Policy:
+def policy(options: Options, *, privileged: bool, overflow_is_mapped: bool = False) -> Policy:
     """What the core is told. Without privilege over the initial user namespace marks are `user.overlay.*` (fact: trusted is EPERM).
 
     OptionRefused: index=on without privilege.
@@ -122,6 +122,7 @@ def policy(options: Options, *, privileged: bool) -> Policy:
         whiteouts=options.whiteouts,
         fsync=options.fsync,
         privileged=privileged,
+        overflow_is_mapped=overflow_is_mapped,
         squash_uid=options.squash_uid,
         squash_gid=options.squash_gid,
         uid_map=options.uid_map,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pyoverlay import mountinfo
 from pyoverlay.core.calls import Calls, remove_tree
+from pyoverlay.core.policy import OVERFLOW
 from pyoverlay.daemon import locks
 from pyoverlay.daemon.options import Options
 from pyoverlay.errors import OptionRefused, Refusal, printable
@@ -80,6 +81,17 @@ def is_privileged() -> bool:
     with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
         effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
     return is_initial and bool(effective >> _CAP_SYS_ADMIN & 1)
+
+
+def overflow_is_mapped() -> bool:
+    """Whether the overflow id is somebody's in a user namespace that does not map every id: who shows as it may be anybody then."""
+    for kind in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{kind}", encoding="ascii") as file:
+            text = file.read()
+        ranges = [(int(first), int(length)) for first, _, length in (line.split() for line in text.splitlines())]
+        if text.split() != _ALL_IDS.split() and any(0 <= OVERFLOW - first < length for first, length in ranges):
+            return True
+    return False
 
 
 # ── the directories, one by one ─────────────────────────────────────────────────────────────────────────────────────────────
