@@ -68,7 +68,7 @@ def open_view(
         if upper_layer is not None and work is not None:
             _identify(upper_layer, policy)
             if policy.index:
-                view.index = _open_index(view, upper_layer, work)
+                view.index = _open_index(view, upper_layer)
     except OSError as error:
         view.close()
         error.filename = os.fsdecode(upper or b"")
@@ -86,8 +86,8 @@ def _identify(upper: Upper, policy: Policy) -> None:
         upper.set_mark(upper.root_fd, b".", marks.UUID, uuid4().bytes)
 
 
-def _open_index(view: View, upper: Upper, work: bytes) -> Index:
-    """`work/index`, bound to this upper and the top lower, without what leads nowhere."""
+def _open_index(view: View, upper: Upper) -> Index:
+    """`index` in the work directory, bound to this upper and the top lower, without what leads nowhere."""
     with suppress(FileExistsError):
         upper.calls.mkdir(_INDEX, 0o700, upper.work_fd)
     fd = os.open(_INDEX, _OPEN_UPPER | os.O_NOFOLLOW, dir_fd=upper.work_fd)
