@@ -99,7 +99,7 @@ def image(own_mounts: None, tmp_path: Path) -> Iterator[Image]:
         pytest.param("600 s", id="ten minutes", marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
     ],
 )
-def test_eight_clients_at_random(image: Image, limit: str, record_property: Callable[[str, object], None]) -> None:
+def test_eight_clients_at_random(image: Image, limit: str, record_testsuite_property: Callable[[str, object], None]) -> None:
     """What each did is what is there, live and after a remount; then all of it can be removed."""
     work = Work(image.point, 8)
     try:
@@ -108,7 +108,7 @@ def test_eight_clients_at_random(image: Image, limit: str, record_property: Call
         clients = [work.start(number, 1, limit) for number in range(work.clients)]
         outcomes = [outcome(client) for client in clients]
         assert [told["error"] for told in outcomes if "error" in told] == []
-        record_property("operations", sum(told["operations"] for told in outcomes))
+        record_testsuite_property(f"operations in {limit}", sum(told["operations"] for told in outcomes))
         for number, told in enumerate(outcomes):
             assert seen(overlay.merged / str(number)) == told["nodes"]
         work.check_shared()

@@ -37,6 +37,7 @@ IN_NONBLOCK = 0o4000
 
 MS_REMOUNT, MS_BIND = 1 << 5, 1 << 12
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_CLONE_FS = 0x200
 _CLONE_NEWNS = 0x20000
 
 StrPath = str | bytes | os.PathLike[str]
@@ -143,6 +144,7 @@ def private_mounts() -> Iterator[None]:
             mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
             yield
         finally:
+            _checked(_libc.unshare(_CLONE_FS))  # a thread that is still ending shares our root directory, and setns(2) refuses that
             _checked(_libc.setns(before, _CLONE_NEWNS))
             os.chdir(directory)
     finally:
