@@ -95,7 +95,7 @@ def test_a_root_file_system_is_overlaid(noted: Noted) -> None:
 
 
 def test_root_s_containers_have_set_user_id_programs_and_devices(noted: Noted) -> None:
-    noted.podman.podman("run", "-d", "--name", "c", IMAGE, "sleep", "1000")
+    noted.podman.podman("run", "-d", "--name", "box", IMAGE, "sleep", "1000")
     (mount,) = [mount for mount in mounts_below(noted.podman.store) if mount.fs_type == "fuse.pyoverlay"]
     assert not {"nosuid", "nodev", "noexec"} & set(mount.options.split(","))
     assert "allow_other" in mount.super_options
@@ -107,7 +107,7 @@ def test_the_daemon_holds_nothing_that_podman_was_given(noted: Noted) -> None:
     os.set_inheritable(writer, True)
     try:
         pipe = os.readlink(f"/proc/self/fd/{writer}")
-        noted.podman.podman("run", "-d", "--name", "c", IMAGE, "sleep", "1000")
+        noted.podman.podman("run", "-d", "--name", "box", IMAGE, "sleep", "1000")
     finally:
         os.close(writer)
         os.close(reader)
@@ -118,15 +118,15 @@ def test_the_daemon_holds_nothing_that_podman_was_given(noted: Noted) -> None:
 
 
 def test_a_daemon_that_was_killed_is_replaced(noted: Noted) -> None:
-    noted.podman.podman("run", "-d", "--name", "c", IMAGE, "sleep", "1000")
-    noted.podman.podman("exec", "c", "sh", "-c", "echo kept > /kept")
+    noted.podman.podman("run", "-d", "--name", "box", IMAGE, "sleep", "1000")
+    noted.podman.podman("exec", "box", "sh", "-c", "echo kept > /kept")
     (daemon,) = [record for record in registry.live() if record.merged.startswith(os.fsencode(noted.podman.store))]
     os.kill(daemon.pid, signal.SIGKILL)
     assert wait_for_end([daemon.pid], 10) == []
-    assert noted.podman.attempt("podman", "exec", "c", "cat", "/kept").returncode != 0
-    noted.podman.podman("stop", "-t0", "c")
-    noted.podman.podman("start", "c")
-    assert noted.podman.podman("exec", "c", "cat", "/kept") == "kept\n"
+    assert noted.podman.attempt("podman", "exec", "box", "cat", "/kept").returncode != 0
+    noted.podman.podman("stop", "-t0", "box")
+    noted.podman.podman("start", "box")
+    assert noted.podman.podman("exec", "box", "cat", "/kept") == "kept\n"
 
 
 def test_what_we_refuse_podman_shows(base_image: Path) -> None:
@@ -167,8 +167,8 @@ def test_an_image_whose_owners_are_in_attributes(base_image: Path, user: str) ->
         assert os.getxattr(layer, "user.containers.override_stat").startswith(b"0:0:0644")
         assert os.lstat(layer).st_mode & 0o777 == 0o755
         script = "stat -c '%u:%g %a' /etc/passwd /etc; touch /new; chown 7:8 /new; chmod 640 /new; stat -c '%u:%g %a' /new"
-        podman.podman("run", "--name", "c", IMAGE, "sh", "-c", script)
-        assert podman.podman("logs", "c").splitlines() == ["0:0 644", "0:0 755", "7:8 640"]
-        podman.podman("commit", "-q", "c", "committed")
+        podman.podman("run", "--name", "box", IMAGE, "sh", "-c", script)
+        assert podman.podman("logs", "box").splitlines() == ["0:0 644", "0:0 755", "7:8 640"]
+        podman.podman("commit", "-q", "box", "committed")
         shown = podman.podman("run", "--rm", "committed", "stat", "-c", "%u:%g %a", "/new", "/etc/passwd")
         assert shown.splitlines() == ["7:8 640", "0:0 644"]

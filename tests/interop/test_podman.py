@@ -33,12 +33,12 @@ def test_a_built_image_runs_shows_its_changes_and_is_committed(podman: Podman) -
     assert {"moved", "two"} <= names(shown)
     assert shown.endswith("two\n600\n")
 
-    podman.podman("run", "-d", "--name", "c", "built", "sleep", "1000")
-    podman.podman("exec", "c", "sh", "-c", "echo new > /d/new; rm /d/moved/two; ln -s new /d/link; echo more >> /etc/passwd")
-    lines = set(podman.podman("diff", "c").splitlines())
+    podman.podman("run", "-d", "--name", "box", "built", "sleep", "1000")
+    podman.podman("exec", "box", "sh", "-c", "echo new > /d/new; rm /d/moved/two; ln -s new /d/link; echo more >> /etc/passwd")
+    lines = set(podman.podman("diff", "box").splitlines())
     assert lines == {"C /d", "A /d/new", "A /d/link", "C /d/moved", "D /d/moved/two", "C /etc", "C /etc/passwd"}
 
-    podman.podman("commit", "-q", "c", "committed")
+    podman.podman("commit", "-q", "box", "committed")
     assert podman.podman("run", "--rm", "committed", "sh", "-c", "cat /d/link; ls /d/moved; tail -n 1 /etc/passwd") == "new\nmore\n"
 
 
@@ -115,12 +115,13 @@ def test_a_read_only_container_cannot_be_written_to(podman: Podman) -> None:
 
 
 def test_a_stopped_container_keeps_its_changes(podman: Podman) -> None:
-    podman.podman("run", "-d", "--name", "c", IMAGE, "sleep", "1000")
-    podman.podman("exec", "c", "sh", "-c", "echo kept > /kept; rm /etc/passwd")
-    podman.podman("stop", "-t0", "c")
-    assert {"A /kept", "D /etc/passwd"} <= set(podman.podman("diff", "c").splitlines())
-    podman.podman("start", "c")
-    assert podman.podman("exec", "c", "cat", "/kept") == "kept\n"
+    """No container here has a name that could begin an image's id: `podman diff` looks among these first."""
+    podman.podman("run", "-d", "--name", "box", IMAGE, "sleep", "1000")
+    podman.podman("exec", "box", "sh", "-c", "echo kept > /kept; rm /etc/passwd")
+    podman.podman("stop", "-t0", "box")
+    assert {"A /kept", "D /etc/passwd"} <= set(podman.podman("diff", "box").splitlines())
+    podman.podman("start", "box")
+    assert podman.podman("exec", "box", "cat", "/kept") == "kept\n"
 
 
 def test_podman_info_says_what_it_mounts_with(podman: Podman) -> None:
@@ -145,6 +146,7 @@ def test_ids_of_a_container_with_a_map_of_its_own(user_podman: Podman, options: 
 @pytest.mark.parametrize("options", [("--uidmap", "0:1:1000"), ("--userns=keep-id",)], ids=" ".join)
 def test_ids_that_a_mapped_container_gives_are_the_image_s(user_podman: Podman, options: tuple[str, ...]) -> None:
     """What is committed from it has the owners that its own users have."""
-    user_podman.podman("run", "--name", "c", "--user", "0", *options, IMAGE, "sh", "-c", "chown 7:8 /etc/passwd; stat -c %u:%g /etc/passwd")
-    user_podman.podman("commit", "-q", "c", "committed")
+    changed = "chown 7:8 /etc/passwd; stat -c %u:%g /etc/passwd"
+    user_podman.podman("run", "--name", "box", "--user", "0", *options, IMAGE, "sh", "-c", changed)
+    user_podman.podman("commit", "-q", "box", "committed")
     assert user_podman.podman("run", "--rm", "committed", "stat", "-c", "%u:%g", "/etc/passwd") == "7:8\n"
