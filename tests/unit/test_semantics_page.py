@@ -1,4 +1,4 @@
-"""docs/semantics.md: one table, and each claim in it about pyoverlay has tests, which exist."""
+"""docs/semantics.md and the table of docs/reliability.md: each claim in them about pyoverlay has tests, which exist."""
 
 from __future__ import annotations
 
@@ -48,3 +48,22 @@ def test_each_behaviour_of_ours_is_shown_by_tests_that_exist(row: list[str], kno
     named = re.findall(r"`(\w+)`", row[4])
     assert named
     assert [name for name in named if name not in known] == []
+
+
+def what_goes_wrong() -> list[list[str]]:
+    """The rows of that table of docs/reliability.md."""
+    _, section = (ROOT / "docs/reliability.md").read_text().split("## What goes wrong on the way\n")
+    table = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [cells(line) for line in table[2:]]
+
+
+def functions_of(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+@pytest.mark.parametrize("row", what_goes_wrong(), ids=lambda row: row[0][:60])
+def test_what_goes_wrong_on_the_way_is_shown_by_tests_that_exist(row: list[str]) -> None:
+    assert len(row) == 3
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row[2])
+    assert len(named) == row[2].count("::") > 0
+    assert [name for path, name in named if name not in functions_of(ROOT / "tests" / path)] == []
