@@ -19,6 +19,7 @@ def _cases() -> Iterator[object]:
             yield pytest.param(check, place, id=f"{check.name}-{place}", marks=[pytest.mark.wire] if needs_wire else [])
 
 
+@pytest.mark.timeout(300)  # the first of them makes the layers of all, some ten thousand objects: over a minute on a disk that is busy
 @pytest.mark.parametrize(("check", "place"), list(_cases()))
 def test_posix(check: Check, place: str, places: Places) -> None:
     places.revive()
