@@ -13,7 +13,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, Upper, open_below
 from pyoverlay.core.policy import Policy, Whiteouts
-from pyoverlay.testing import Directory, Fifo, File, Symlink, Tree, Whiteout, is_whiteout, make_tree
+from pyoverlay.testing import Device, Directory, Fifo, File, Symlink, Tree, Whiteout, is_whiteout, make_tree
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack, mark
 
@@ -152,6 +152,17 @@ def test_nothing_can_be_written_through_a_lower_s_descriptor(stack: StackFactory
         with pytest.raises(OSError) as caught:
             attempt()
         assert caught.value.errno == errno.EROFS
+
+
+@pytest.mark.root  # an ordinary user cannot clone mounts, and root of a namespace cannot make devices
+def test_no_device_of_a_layer_can_be_opened(stack: StackFactory) -> None:
+    """Not even one that was put in the place of a file between the look and the open. What a lower's mount allows is known all the same."""
+    view = stack({"null": Device(kind="c", major=1, minor=3)}).merged.view
+    os.mknod(b"null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=view.upper.root_fd)
+    for layer in (view.lowers[0], view.upper):
+        with pytest.raises(PermissionError):
+            os.open(b"null", os.O_RDONLY, dir_fd=layer.root_fd)
+    assert not view.lowers[0].is_nodev
 
 
 # -- whiteouts of each spelling

@@ -56,6 +56,8 @@ def open_view(
             fs = _filesystem(root, filesystems)
             lower = Lower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
             lower.override = policy.override.attribute
+            if is_clone:
+                _open_no_devices(root)  # now that the layer knows what the mount it comes from says of them
             lower_layers.append(lower)
             opened.append(lower)
         shown, data = tuple(lower_layers[: len(lowers)]), tuple(lower_layers[len(lowers) :])
@@ -176,6 +178,11 @@ def _make_read_only(fd: int) -> None:
         syscalls.mount_setattr(fd, syscalls.MOUNT_ATTR_RDONLY, 0)
 
 
+def _open_no_devices(fd: int) -> None:
+    """Opening a device has effects, even if it is closed at once, and somebody may put one in the place of a file that is to be opened."""
+    syscalls.mount_setattr(fd, syscalls.MOUNT_ATTR_NODEV, 0)
+
+
 def _open_upper(
     upper: bytes, work: bytes, policy: Policy, prefix: bytes, cache: DescriptorCache, filesystems: list[int], calls: Calls
 ) -> Upper:
@@ -215,6 +222,7 @@ def _clone_both(upper: bytes, upper_fd: int, work: bytes, work_fd: int) -> tuple
     opened: list[int] = []
     clone = syscalls.open_tree(syscalls.AT_FDCWD, common, syscalls.OPEN_TREE_CLONE)
     try:
+        _open_no_devices(clone)
         for old, real, path in ((upper_fd, real_upper, upper), (work_fd, real_work, work)):
             opened.append(syscalls.openat2(clone, os.path.relpath(real, common), _OPEN_UPPER, resolve))
             if not os.path.sameopenfile(old, opened[-1]):
