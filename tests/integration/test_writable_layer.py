@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
 
@@ -22,8 +22,10 @@ DEMO = "/srv/demo"
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty directory in the place of the page's, with a path short enough for a table."""
-    with TemporaryDirectory(prefix="pyo-", dir="/var/tmp") as name:
+    """An empty directory in the place of the page's, with a path short enough for a table, and where whiteouts can be made: a container's
+    /var/tmp may lie on an overlay.
+    """
+    with TemporaryDirectory(prefix="pyo-", dir=min(gettempdir(), "/var/tmp", key=len)) as name:
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         monkeypatch.setenv("PYOVERLAY_RUNTIME_DIR", f"{name}/.run")
         yield Path(name)
