@@ -60,7 +60,6 @@ class Copy:
         """Publishing it makes the file shorter too: cut off afterwards, the file would be so for nothing if that failed."""
         return self.size < self.st.st_size
 
-
     def park(self) -> None:
         """Close the descriptors of one that is filled and has to wait: there may be thousands."""
         for fd in (self.fd, self.source_fd):

@@ -13,14 +13,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from pyoverlay import mountinfo
+from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.core.policy import OVERFLOW
 from pyoverlay.daemon import locks
 from pyoverlay.daemon.options import Options
+from pyoverlay.daemon.privileges import Capability
 from pyoverlay.errors import OptionRefused, Refusal, printable
 
-_ALL_IDS = "0 0 4294967295"
-_CAP_SYS_ADMIN = 21
+_ALL_IDS = [(0, 0, 4294967295)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +77,19 @@ def examine(options: Options, merged: bytes, held: ExitStack, looked: ExitStack,
 
 def is_privileged() -> bool:
     """Whether this process may mount in the initial user namespace: `trusted.*` attributes and any owner can be set."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        is_initial = file.read().split() == _ALL_IDS.split()
-    with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
-        effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
-    return is_initial and bool(effective >> _CAP_SYS_ADMIN & 1)
+    return _id_ranges("uid_map") == _ALL_IDS and bool(syscalls.capget().effective >> Capability.SYS_ADMIN & 1)
 
 
 def overflow_is_mapped() -> bool:
     """Whether the overflow id is somebody's in a user namespace that does not map every id: who shows as it may be anybody then."""
-    for kind in ("uid_map", "gid_map"):
-        with open(f"/proc/self/{kind}", encoding="ascii") as file:
-            text = file.read()
-        ranges = [(int(first), int(length)) for first, _, length in (line.split() for line in text.splitlines())]
-        if text.split() != _ALL_IDS.split() and any(0 <= OVERFLOW - first < length for first, length in ranges):
-            return True
-    return False
+    maps = (_id_ranges("uid_map"), _id_ranges("gid_map"))
+    return any(ranges != _ALL_IDS and any(0 <= OVERFLOW - first < length for first, _, length in ranges) for ranges in maps)
+
+
+def _id_ranges(kind: str) -> list[tuple[int, ...]]:
+    """The lines of /proc/self/uid_map or gid_map: first id here, first id outside, how many (user_namespaces(7))."""
+    with open(f"/proc/self/{kind}", encoding="ascii") as file:
+        return [tuple(map(int, line.split())) for line in file]
 
 
 # ── the directories, one by one ─────────────────────────────────────────────────────────────────────────────────────────────
