@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pyoverlay.core.layer import Upper
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_WHITEOUT
+from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View
 from tests.crash.cases import ALL
 from tests.crash.judges import Bed

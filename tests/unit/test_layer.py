@@ -11,8 +11,9 @@ import pytest
 
 from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, remove_tree
-from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, Upper, open_below
+from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, open_below
 from pyoverlay.core.policy import Policy, Whiteouts
+from pyoverlay.core.upper import Upper
 from pyoverlay.testing import Device, Directory, Fifo, File, Symlink, Tree, Whiteout, is_whiteout, make_tree
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack, mark

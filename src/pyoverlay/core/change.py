@@ -18,8 +18,9 @@ from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import remove_tree
 from pyoverlay.core.copyup import copy_up, copy_up_directory, link_to_copy, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
-from pyoverlay.core.layer import Upper, tolerated
+from pyoverlay.core.layer import tolerated
 from pyoverlay.core.policy import RedirectDir
+from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View, failure
 
 _ACL_DEFAULT = b"system.posix_acl_default"

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
-from pyoverlay.core.layer import CAPABILITY, Layer, Place, Upper, tolerated
+from pyoverlay.core.layer import CAPABILITY, Layer, Place, tolerated
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.policy import Fsync, Verity
+from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View, failure
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ import stat
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import remove_tree
 from pyoverlay.core.inode import Directory, Inode
-from pyoverlay.core.layer import Place, Upper
+from pyoverlay.core.layer import Place
 from pyoverlay.core.origins import Origins
+from pyoverlay.core.upper import Upper
 
 log = logging.getLogger(__name__)
 

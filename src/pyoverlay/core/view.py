@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pyoverlay.core import marks
 from pyoverlay.core.index import Index
 from pyoverlay.core.inode import ROOT_INO, UPPER, Data, Directory, Inode, InodeTable, Key, Listing, key_of
-from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, Upper, closed_on_failure
+from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, closed_on_failure
 from pyoverlay.core.merge import Merge
 from pyoverlay.core.metacopy import DataFiles
 from pyoverlay.core.origins import Origins
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy, Uuid
+from pyoverlay.core.upper import Upper
 
 log = logging.getLogger(__name__)
 
