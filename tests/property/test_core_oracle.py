@@ -21,7 +21,7 @@ from hypothesis import given, note
 from pyoverlay.core.inode import Directory as DirectoryInode
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
-from pyoverlay.core.syscalls import renameat2
+from pyoverlay.core.syscalls import Stat, renameat2
 from pyoverlay.testing import Entry, make_tree, snapshot, witness
 from tests.posix.kernel_overlay import FULL, KernelOverlay
 from tests.property.disks import disk_difference
@@ -114,7 +114,7 @@ class KernelSide:
         os.rmdir(path)
 
 
-def _attributes(st: os.stat_result, nlink: int) -> tuple[int, ...]:
+def _attributes(st: Stat, nlink: int) -> tuple[int, ...]:
     is_directory = stat.S_ISDIR(st.st_mode)
     return (st.st_mode, st.st_uid, st.st_gid, 0 if is_directory else st.st_size, 1 if is_directory else nlink)
 

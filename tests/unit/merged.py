@@ -27,7 +27,7 @@ from pyoverlay.core.layer import readable_dir
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.rename import rename
 from pyoverlay.core.stack import open_view
-from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, Stat
 from pyoverlay.core.view import View, failure
 from pyoverlay.testing import Entry, Tree, make_tree, witness
 
@@ -267,7 +267,7 @@ class Merged:
                 raise failure(errno.ENOTDIR)
             return sorted(os.fsdecode(name) for _, name in self.view.listing(directory).after(2))
 
-    def stat(self, path: str) -> os.stat_result:
+    def stat(self, path: str) -> Stat:
         with self._request():
             return self.view.stat(self.walk(path))
 

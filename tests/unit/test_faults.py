@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pyoverlay.core import attributes, change, copyup, index, layer, merge, metacopy, origins, rename, view
+from pyoverlay.core import change, copyup, index, layer, merge, metacopy, origins, reads, rename, upper, view
 from tests.crash.cases import BELOW, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Faulty, Stack, timeless
@@ -116,7 +116,7 @@ class FaultyReading:
 def reading(at: int, code: int) -> Iterator[FaultyReading]:
     faulty = FaultyReading(at, code)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attributes, change, copyup, index, layer, merge, metacopy, origins, rename, view):
+        for module in (change, copyup, index, layer, merge, metacopy, origins, reads, rename, upper, view):
             patch.setattr(module, "os", faulty)
         yield faulty
 

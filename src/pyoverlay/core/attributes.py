@@ -5,7 +5,6 @@ copied it up.
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import CAPABILITY
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View, failure
 
@@ -30,7 +30,7 @@ class Wanted:
     mtime_ns: int | None = None
 
 
-def setattr(view: View, inode: Inode, wanted: Wanted) -> os.stat_result:
+def setattr(view: View, inode: Inode, wanted: Wanted) -> Stat:
     """chmod, chown, truncate and utimensat at once, in the order in which none undoes another: chown clears suid, truncation sets mtime.
 
     EOVERFLOW, EACCES: the object belongs to nobody (`owners`), and this does not give it to somebody.

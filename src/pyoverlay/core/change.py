@@ -20,6 +20,7 @@ from pyoverlay.core.copyup import copy_up, copy_up_directory, link_to_copy, mark
 from pyoverlay.core.inode import Directory, Inode, Listing
 from pyoverlay.core.layer import tolerated
 from pyoverlay.core.policy import RedirectDir
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View, failure
 
@@ -38,7 +39,7 @@ class Caller(NamedTuple):
 Build = Callable[[int, bytes], None]  # (dirfd, name): make the object there
 
 
-def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, Stat]:
     """A regular file, empty and open for reading and writing. EEXIST, ENOENT (the directory was removed), and what open(2) raises."""
     upper = view.upper
     opened = -1
@@ -58,7 +59,7 @@ def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller
     return inode, st
 
 
-def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[Inode, Stat]:
     """A regular file without a name, open for reading and writing, as O_TMPFILE makes it: `link` can give it one. EOPNOTSUPP where
     the upper has none.
     """
@@ -75,7 +76,7 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
     return inode, st
 
 
-def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, Stat]:
     """A directory; it hides what lowers have under its name."""
     calls = view.upper.calls
     is_opaque = _add(view, parent, name, caller, lambda dirfd, at: calls.mkdir(at, mode & 0o7777, dirfd), is_directory=True)
@@ -85,14 +86,14 @@ def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller)
     return inode, st
 
 
-def symlink(view: View, parent: Directory, name: bytes, target: bytes, caller: Caller) -> tuple[Inode, os.stat_result]:
+def symlink(view: View, parent: Directory, name: bytes, target: bytes, caller: Caller) -> tuple[Inode, Stat]:
     """A symlink with that target, taken as it is."""
     calls = view.upper.calls
     _add(view, parent, name, caller, lambda dirfd, at: calls.symlink(target, at, dirfd))
     return _adopted(view, parent, name)
 
 
-def mknod(view: View, parent: Directory, name: bytes, mode: int, rdev: int, caller: Caller) -> tuple[Inode, os.stat_result]:
+def mknod(view: View, parent: Directory, name: bytes, mode: int, rdev: int, caller: Caller) -> tuple[Inode, Stat]:
     """A fifo, socket, device or empty file. EPERM for the device 0/0: that is what a whiteout is (ovl_mknod)."""
     if stat.S_ISCHR(mode) and rdev == 0:
         raise failure(errno.EPERM)
@@ -101,7 +102,7 @@ def mknod(view: View, parent: Directory, name: bytes, mode: int, rdev: int, call
     return _adopted(view, parent, name)
 
 
-def link(view: View, inode: Inode, parent: Directory, name: bytes) -> os.stat_result:
+def link(view: View, inode: Inode, parent: Directory, name: bytes) -> Stat:
     """Another name for an object of the upper. EPERM for a directory."""
     if isinstance(inode, Directory):
         raise failure(errno.EPERM)
@@ -456,7 +457,7 @@ def has_visible_lower(view: View, parent: Directory, name: bytes) -> bool:
     return view.find_lower(parent, name) is not None
 
 
-def _adopted(view: View, parent: Directory, name: bytes, fd: int = -1) -> tuple[Inode, os.stat_result]:
+def _adopted(view: View, parent: Directory, name: bytes, fd: int = -1) -> tuple[Inode, Stat]:
     """Take note of what was just made. fd: where it is open."""
     with _taken_back_on_failure(view, parent, name):
         st = view.upper.fstat(fd) if fd >= 0 else view.upper.stat(view.upper_fd(parent), name)

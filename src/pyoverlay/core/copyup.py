@@ -23,6 +23,7 @@ from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Layer, Place, tolerated
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.policy import Fsync, Verity
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View, failure
 
@@ -41,7 +42,7 @@ class Copy:
         "temporary", "upper",
     )  # fmt: skip
 
-    def __init__(self, upper: Upper, inode: Inode, source: Place, st: os.stat_result, size: int) -> None:
+    def __init__(self, upper: Upper, inode: Inode, source: Place, st: Stat, size: int) -> None:
         self.upper = upper
         self.inode = inode
         self.source = source
@@ -308,7 +309,7 @@ def _goes_to_index(view: View, copy: Copy) -> bool:
     return view.index is not None and copy.st.st_nlink > 1
 
 
-def _publish_indexed(view: View, copy: Copy, real: os.stat_result) -> None:
+def _publish_indexed(view: View, copy: Copy, real: Stat) -> None:
     """Into the index by one rename, whereby it is the copy of all its lower names; those that were looked up then become links of it."""
     upper, inode, index = copy.upper, copy.inode, view.index
     assert index is not None
@@ -372,7 +373,7 @@ def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
             upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
 
 
-def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
+def _publish_orphan(view: View, copy: Copy, real: Stat) -> None:
     upper = copy.upper
     if copy.inode.lower_links > 0 or not view.can_pin():
         copy.inode.kept_name = copy.temporary  # other names of the lower object lead here
@@ -383,7 +384,7 @@ def _publish_orphan(view: View, copy: Copy, real: os.stat_result) -> None:
     _adopt(view, copy, real)
 
 
-def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
+def _adopt(view: View, copy: Copy, real: Stat) -> None:
     copy.inode.in_upper = True
     copy.inode.has_origin = True
     view.table.add_key(copy.inode, key_of(UPPER, real.st_ino))
@@ -397,7 +398,7 @@ def _adopt(view: View, copy: Copy, real: os.stat_result) -> None:
 
 
 def copy_attributes(
-    upper: Upper, source: Place, st: os.stat_result, name: bytes, origin: marks.Origin | None = None, *, keeps_mtime: bool = True
+    upper: Upper, source: Place, st: Stat, name: bytes, origin: marks.Origin | None = None, *, keeps_mtime: bool = True
 ) -> None:
     """Owner, xattrs and origin, mode, times, in this order, onto something in the work directory.
 
@@ -417,7 +418,7 @@ def copy_attributes(
     upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns if keeps_mtime else None)
 
 
-def _mode(layer: Layer, st: os.stat_result) -> int:
+def _mode(layer: Layer, st: Stat) -> int:
     """The permission bits of a copy: a program that its mount keeps from changing its user does not win that right by being copied."""
     mode = stat.S_IMODE(st.st_mode)
     return mode & ~(stat.S_ISUID | stat.S_ISGID) if layer.is_nosuid and stat.S_ISREG(st.st_mode) else mode

@@ -21,6 +21,7 @@ from pyoverlay.core.calls import remove_tree
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Place
 from pyoverlay.core.origins import Origins
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 
 log = logging.getLogger(__name__)
@@ -46,21 +47,21 @@ class Index:
         origin = self._origins.of(place)
         return None if origin is None else _name(origin)
 
-    def copy_of(self, name: bytes, st: os.stat_result) -> os.stat_result | None:
+    def copy_of(self, name: bytes, st: Stat) -> Stat | None:
         """What the copy of a lower object, with these attributes, says of itself; None: there is none. EIO: something else is there."""
         found = self._upper.stat(self.fd, name)
         if found is not None and stat.S_IFMT(found.st_mode) != stat.S_IFMT(st.st_mode):
             raise OSError(errno.EIO, "not the copy of its lower file in the index")
         return found
 
-    def of_upper(self, value: bytes, st: os.stat_result) -> bytes:
+    def of_upper(self, value: bytes, st: Stat) -> bytes:
         """The name here of an upper object, by its mark `origin`; empty: it is not in the index."""
         origin = marks.decode_origin(value)
         name = _name(origin) if origin is not None else b""
         found = self._upper.stat(self.fd, name) if name else None
         return name if found is not None and found.st_ino == st.st_ino else b""
 
-    def links(self, name: bytes, st: os.stat_result, lower_nlink: int) -> int:
+    def links(self, name: bytes, st: Stat, lower_nlink: int) -> int:
         """How many names of the copy the merged view shows; those it has in the upper where its mark does not say (ovl_get_nlink)."""
         value = self._upper.getmark(self.fd, name, marks.NLINK)
         found = marks.decode_nlink(value) if value is not None else None
@@ -136,7 +137,7 @@ class Index:
         found = self._origins.find(origin)
         return found is None or found[1].st_nlink == 1 or self._shows_nothing(name, st, found[1].st_nlink)
 
-    def _shows_nothing(self, name: bytes, st: os.stat_result, lower_nlink: int) -> bool:
+    def _shows_nothing(self, name: bytes, st: Stat, lower_nlink: int) -> bool:
         value = self._upper.getmark(self.fd, name, marks.NLINK)
         found = marks.decode_nlink(value) if value is not None else None
         return found is None or found.difference + (lower_nlink if found.of_lower else st.st_nlink) <= 0

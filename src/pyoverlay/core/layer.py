@@ -20,6 +20,8 @@ from typing import NamedTuple
 from pyoverlay.core import marks, overrides, syscalls
 from pyoverlay.core.calls import proc_path
 from pyoverlay.core.policy import OVERFLOW, Whiteouts
+from pyoverlay.core.reads import PlainReads, Reads
+from pyoverlay.core.syscalls import Stat
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +160,7 @@ class Layer:
         self.is_nosuid, self.is_nodev = bool(flags & os.ST_NOSUID), bool(flags & os.ST_NODEV)
         self.mark_prefix = mark_prefix
         self.cache = cache
+        self.reads: Reads = PlainReads()
         self.override: bytes | None = None  # the attribute that has owner and mode, see `overrides`
         self._resolve = _RESOLVE if is_clone else _RESOLVE | syscalls.RESOLVE_NO_XDEV
         self._noatime = os.O_NOATIME
@@ -167,21 +170,16 @@ class Layer:
 
     # -- one name in one directory
 
-    def stat(self, dirfd: int, name: bytes) -> os.stat_result | None:
-        """lstat of a name; None where there is none. A name too long for this file system is not there (ovl_lookup_single)."""
-        try:
-            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                return None
-            raise
-        return st if self.override is None else overrides.shown(st, self.override, proc_path(dirfd, name), follow_symlinks=False)
+    def stat(self, dirfd: int, name: bytes) -> Stat | None:
+        """lstat of a name; None where there is none."""
+        st = self.reads.lstat(dirfd, name)
+        if st is None or self.override is None:
+            return st
+        return overrides.shown(st, self.override, proc_path(dirfd, name), follow_symlinks=False)
 
-    def fstat(self, fd: int) -> os.stat_result:
+    def fstat(self, fd: int) -> Stat:
         """fstat of a descriptor in this layer."""
-        st = os.fstat(fd)
+        st = self.reads.fstat(fd)
         return st if self.override is None else overrides.shown(st, self.override, proc_path(fd, b""), follow_symlinks=True)
 
     def readlink(self, dirfd: int, name: bytes) -> bytes:
@@ -202,7 +200,7 @@ class Layer:
                 raise
             return os.open(name, flags, dir_fd=dirfd)
 
-    def knows_owner(self, dirfd: int, name: bytes, st: os.stat_result) -> bool:
+    def knows_owner(self, dirfd: int, name: bytes, st: Stat) -> bool:
         """Is the overflow id, if an object shows it, surely its owner's or group's? For a user namespace in which this id is somebody's.
 
         The kernel does not say. But it does not let our capabilities count for an object whose owner or group it cannot map
@@ -318,7 +316,7 @@ class Lower(Layer):
         self.root = LowerDir(self, None, b"")
         self._reads_aufs = whiteouts is not Whiteouts.KERNEL
 
-    def is_whiteout(self, directory: LowerDir, name: bytes, st: os.stat_result) -> bool:
+    def is_whiteout(self, directory: LowerDir, name: bytes, st: Stat) -> bool:
         if marks.is_whiteout_device(st):
             return True
         if not marks.may_be_whiteout_file(st):

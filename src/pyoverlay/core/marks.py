@@ -16,13 +16,12 @@ The format is the kernel's: Documentation/filesystems/overlayfs.rst and the tabl
 from __future__ import annotations
 
 import errno
-import os
 import stat
 import struct
 import sys
 from typing import NamedTuple
 
-from pyoverlay.core.syscalls import FileHandle
+from pyoverlay.core.syscalls import FileHandle, Stat
 
 TRUSTED = b"trusted.overlay."
 USER = b"user.overlay."
@@ -42,12 +41,12 @@ _BIG_ENDIAN, _ANY_ENDIAN, _PATH_UPPER = 1, 2, 4  # OVL_FH_FLAG_*
 _FB_CPU_ENDIAN = _BIG_ENDIAN if sys.byteorder == "big" else 0
 
 
-def is_whiteout_device(st: os.stat_result) -> bool:
+def is_whiteout_device(st: Stat) -> bool:
     """Is this the kernel's whiteout, the character device 0/0?"""
     return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
 
 
-def may_be_whiteout_file(st: os.stat_result) -> bool:
+def may_be_whiteout_file(st: Stat) -> bool:
     """Could this be a whiteout of the second kind? Only its `whiteout` mark can tell."""
     return st.st_size == 0 and stat.S_ISREG(st.st_mode)
 
@@ -101,7 +100,7 @@ def decode_nlink(value: bytes) -> Nlink | None:
     return Nlink(int(value[1:]), value.startswith(b"L"))
 
 
-def may_be_metacopy(st: os.stat_result) -> bool:
+def may_be_metacopy(st: Stat) -> bool:
     """Could the data lie elsewhere? What is here is then a hole. Only the `metacopy` mark can tell, and a file that escapes this
     question is asked when it is opened.
     """

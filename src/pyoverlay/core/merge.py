@@ -15,16 +15,17 @@ from typing import NamedTuple
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import UPPER, Data
 from pyoverlay.core.layer import Layer, LowerDir, Place
+from pyoverlay.core.syscalls import Stat
 
 Path = tuple[bytes, ...]
-Found = tuple[tuple[LowerDir, ...], os.stat_result | None]
+Found = tuple[tuple[LowerDir, ...], Stat | None]
 
 
 class _Step(NamedTuple):
     """What one layer has to say of a directory: it is there or not; whether the layers below count; under which names they are asked."""
 
     directory: LowerDir | None
-    st: os.stat_result | None
+    st: Stat | None
     hides_below: bool
     names: Path
     from_root: bool
@@ -74,7 +75,7 @@ class Merge:
     def stack(self, parents: tuple[LowerDir, ...], names: Path) -> Found:
         """The directories of that path under these, from the top, until one hides the rest; and what the first says of itself."""
         found: list[LowerDir] = []
-        first: os.stat_result | None = None
+        first: Stat | None = None
         index = 0
         while index < len(parents):
             base = parents[index]
@@ -108,7 +109,7 @@ class Merge:
         # The last of these parents may still lead on, by an absolute redirect, to layers that have no such parent; the lowest layer
         # leads nowhere.
         has_marks = layer is not self._roots[-1].layer if self._follows else not is_last
-        st: os.stat_result | None = None
+        st: Stat | None = None
         for place, name in enumerate(names):
             if not is_last or from_root or here.is_masked:
                 is_there, hides = layer.shows(here, name)
@@ -137,7 +138,7 @@ class Merge:
                     from_root, hides_below = True, False
         return _Step(here, st, hides_below, below, from_root)
 
-    def _is_masked(self, layer: Layer, dirfd: int, name: bytes, st: os.stat_result) -> bool:
+    def _is_masked(self, layer: Layer, dirfd: int, name: bytes, st: Stat) -> bool:
         if (st.st_dev, st.st_ino) in self._masked:
             return True
         return not layer.is_clone and syscalls.statx(dirfd, name).is_mount_root

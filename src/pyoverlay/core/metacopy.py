@@ -9,6 +9,7 @@ from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import Data
 from pyoverlay.core.layer import Lower
 from pyoverlay.core.policy import Verity
+from pyoverlay.core.syscalls import Stat
 
 
 class DataFiles:
@@ -61,7 +62,7 @@ class DataFiles:
         elif syscalls.measure_verity(fd) != wanted:
             raise OSError(errno.EIO, "not the digest")
 
-    def blocks(self, data: Data, st: os.stat_result) -> int:
+    def blocks(self, data: Data, st: Stat) -> int:
         """Blocks of 512 bytes; a guess while nobody looked for them in a data-only layer (ovl_getattr). st: of the metacopy file."""
         if data.directory is not None:
             layer = data.directory.layer

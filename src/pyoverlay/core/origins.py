@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.layer import Layer, Place, readable_dir
+from pyoverlay.core.syscalls import Stat
 
 
 class Origins:
@@ -38,7 +39,7 @@ class Origins:
                 return None
             raise
 
-    def find(self, origin: marks.Origin) -> tuple[int, os.stat_result] | None:
+    def find(self, origin: marks.Origin) -> tuple[int, Stat] | None:
         """(file system, attributes) of the object that a handle names, or None: gone, of another file system, or we may not ask."""
         same = [(fs, fd) for fs, (uuid, fd) in self._filesystems.items() if uuid == origin.uuid]
         if not same:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from pyoverlay.core.calls import Calls, proc_path
+from pyoverlay.core.syscalls import Stat
 
-_VISIBLE = 10  # fields of os.stat_result by index; the rest by name
 _REST = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
 
 
@@ -29,7 +29,7 @@ class Override(NamedTuple):
     mode: int
 
     @classmethod
-    def of(cls, st: os.stat_result) -> Override:
+    def of(cls, st: Stat) -> Override:
         return cls(st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode))
 
 
@@ -55,7 +55,7 @@ def is_private(name: bytes) -> bool:
     return name.startswith((b"user.containers.override_", b"security.fuseoverlayfs.", b"user.fuseoverlayfs.", b"system.posix_acl_"))
 
 
-def shown(st: os.stat_result, attribute: bytes, path: bytes | int, *, follow_symlinks: bool) -> os.stat_result:
+def shown(st: Stat, attribute: bytes, path: bytes | int, *, follow_symlinks: bool) -> Stat:
     """`st` with what the attribute of the same object says. EINVAL: that is malformed."""
     if not stat.S_ISREG(st.st_mode) and not stat.S_ISDIR(st.st_mode):
         return st
@@ -66,9 +66,9 @@ def shown(st: os.stat_result, attribute: bytes, path: bytes | int, *, follow_sym
             return st
         raise
     override = decode(value)
-    fields = list(st[:_VISIBLE])
-    fields[0], fields[4], fields[5] = stat.S_IFMT(st.st_mode) | override.mode, override.uid, override.gid
-    return os.stat_result(fields, {name: getattr(st, name) for name in _REST})
+    mode = stat.S_IFMT(st.st_mode) | override.mode
+    by_index = (mode, st.st_ino, st.st_dev, st.st_nlink, override.uid, override.gid, st.st_size, 0, 0, 0)
+    return os.stat_result(by_index, {name: getattr(st, name) for name in _REST})
 
 
 class OverridingCalls(Calls):
@@ -145,11 +145,11 @@ class OverridingCalls(Calls):
                 if error.errno not in (errno.EPERM, errno.EINVAL):  # no privilege, or no such id in this user namespace
                     raise
 
-    def _stat(self, dirfd: int, name: bytes) -> os.stat_result:
+    def _stat(self, dirfd: int, name: bytes) -> Stat:
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd)
         return shown(st, self._attribute, proc_path(dirfd, name), follow_symlinks=not name)
 
-    def _can_bear_it(self, st: os.stat_result) -> bool:
+    def _can_bear_it(self, st: Stat) -> bool:
         return stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)
 
     def _inherited(self, dirfd: int, mode: int, *, is_directory: bool) -> Override:

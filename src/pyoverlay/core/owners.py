@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable
 
 from pyoverlay.core.policy import OVERFLOW, IdRange, Policy
+from pyoverlay.core.syscalls import Stat
 
 ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
@@ -67,12 +68,12 @@ class Owners:
         self._are_squashed = (policy.squash_uid, policy.squash_gid) != (None, None)
         self.are_kept = not self.are_mapped and not self._are_squashed
 
-    def shown(self, st: os.stat_result) -> tuple[int, int]:
+    def shown(self, st: Stat) -> tuple[int, int]:
         """Owner and group as the view shows them."""
         uid, gid = self.uids.shown(st.st_uid), self.gids.shown(st.st_gid)
         return OVERFLOW if uid is None else uid, OVERFLOW if gid is None else gid
 
-    def are_known(self, st: os.stat_result) -> bool:
+    def are_known(self, st: Stat) -> bool:
         """Have both owner and group a counterpart?"""
         return not self.are_mapped or (self.uids.shown(st.st_uid) is not None and self.gids.shown(st.st_gid) is not None)
 

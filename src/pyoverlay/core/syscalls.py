@@ -10,7 +10,7 @@ import ctypes
 import fcntl
 import os
 import struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _int, _uint, _long, _ulong = ctypes.c_int, ctypes.c_uint, ctypes.c_long, ctypes.c_ulong
@@ -43,6 +43,37 @@ UTIME_OMIT = (1 << 30) - 2
 
 # System call numbers above 423 are the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
 _SYS_open_tree, _SYS_openat2, _SYS_faccessat2, _SYS_mount_setattr, _SYS_fchmodat2 = 428, 437, 439, 442, 452
+
+
+class Stat(Protocol):
+    """What the core knows of an object by stat(2); os.stat_result is one. Times in ns since the epoch."""
+
+    @property
+    def st_mode(self) -> int: ...
+    @property
+    def st_ino(self) -> int: ...
+    @property
+    def st_dev(self) -> int: ...
+    @property
+    def st_nlink(self) -> int: ...
+    @property
+    def st_uid(self) -> int: ...
+    @property
+    def st_gid(self) -> int: ...
+    @property
+    def st_size(self) -> int: ...
+    @property
+    def st_blocks(self) -> int: ...
+    @property
+    def st_blksize(self) -> int: ...
+    @property
+    def st_rdev(self) -> int: ...
+    @property
+    def st_atime_ns(self) -> int: ...
+    @property
+    def st_mtime_ns(self) -> int: ...
+    @property
+    def st_ctime_ns(self) -> int: ...
 
 
 def _prototype(name: str, *argtypes: Any) -> Any:

@@ -14,6 +14,7 @@ from pyoverlay.core import marks, overrides, syscalls
 from pyoverlay.core.calls import Calls, proc_path, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Layer, require_regular, tolerated
 from pyoverlay.core.policy import Fsync
+from pyoverlay.core.syscalls import Stat
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class Upper(Layer):
             with self._open_to_owner(dirfd, name):
                 self.calls.setxattr(dirfd, name, self.mark_prefix + mark, value, 0)
 
-    def is_whiteout(self, dirfd: int, name: bytes, st: os.stat_result, *, has_xattr_whiteouts: bool) -> bool:
+    def is_whiteout(self, dirfd: int, name: bytes, st: Stat, *, has_xattr_whiteouts: bool) -> bool:
         if marks.is_whiteout_device(st):
             return True
         if not marks.may_be_whiteout_file(st):

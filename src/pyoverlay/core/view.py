@@ -24,6 +24,7 @@ from pyoverlay.core.origins import Origins
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy, Uuid
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 
 log = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ class View:
 
     # -- attributes
 
-    def stat(self, inode: Inode) -> os.stat_result:
+    def stat(self, inode: Inode) -> Stat:
         """What the real object says; `nlink` and `blocks` say what differs."""
         if inode.in_upper:
             fd = inode.fd if inode.fd >= 0 and inode.metacopy is None else inode.pin
@@ -318,7 +319,7 @@ class View:
         if self.owners.are_mapped and not self.owners.are_known(self.stat(inode)):
             raise failure(code)
 
-    def nlink(self, inode: Inode, st: os.stat_result) -> int:
+    def nlink(self, inode: Inode, st: Stat) -> int:
         """A directory with several halves has one link, as the kernel's overlay says too: the true count would cost a scan, and
         `find` trusts 1.
         """
@@ -340,7 +341,7 @@ class View:
             return None if inode.lower_links or inode.kept_name or inode.index_name else 0
         return inode.lower_links or None
 
-    def blocks(self, inode: Inode, st: os.stat_result) -> int:
+    def blocks(self, inode: Inode, st: Stat) -> int:
         """Blocks of 512 bytes: those of the data."""
         return st.st_blocks if inode.metacopy is None else self.data_files.blocks(inode.metacopy, st)
 
@@ -377,7 +378,7 @@ class View:
 
     # -- lookup
 
-    def lookup(self, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result] | None:
+    def lookup(self, parent: Directory, name: bytes) -> tuple[Inode, Stat] | None:
         """The object that a name stands for, with its attributes; None: there is none. ENAMETOOLONG: no layer could hold that name.
 
         EPERM, EIO, EINVAL, ESTALE: its marks are refused.
@@ -411,7 +412,7 @@ class View:
             self._reported.add(path)
             log.warning("%a in the merged view: %s", os.fsdecode(path), error.strerror)
 
-    def lookup_lower(self, parent: Directory, name: bytes) -> tuple[Inode, os.stat_result] | None:
+    def lookup_lower(self, parent: Directory, name: bytes) -> tuple[Inode, Stat] | None:
         """As lookup, as if the upper had nothing of that name."""
         found = self.find_lower(parent, name)
         if found is None:
@@ -422,7 +423,7 @@ class View:
         inode = self._lower_file(parent, name, parent.lowers[index], st)
         return inode, (self.stat(inode) if inode.in_upper else st)
 
-    def find_lower(self, parent: Directory, name: bytes) -> tuple[int, os.stat_result] | None:
+    def find_lower(self, parent: Directory, name: bytes) -> tuple[int, Stat] | None:
         """The first lower of a directory that shows a name, by its place among parent.lowers; None where none does or one hides it."""
         several = len(parent.lowers) > 1
         for index, directory in enumerate(parent.lowers):
@@ -439,7 +440,7 @@ class View:
             return None if layer.is_whiteout(directory, name, st) else (index, st)
         return None
 
-    def _upper_directory(self, parent: Directory, name: bytes, st: os.stat_result) -> Directory:
+    def _upper_directory(self, parent: Directory, name: bytes, st: Stat) -> Directory:
         key = key_of(UPPER, st.st_ino)
         known = self._known_directory(key, parent, name)
         if known is not None:
@@ -464,7 +465,7 @@ class View:
         directory.has_xattr_whiteouts = opaque == b"x"
         return self._add_directory(directory, key, parent, name)
 
-    def _lower_directory(self, parent: Directory, name: bytes, index: int, st: os.stat_result) -> Directory:
+    def _lower_directory(self, parent: Directory, name: bytes, index: int, st: Stat) -> Directory:
         top = parent.lowers[index].layer
         key = key_of(top.index, st.st_ino)
         known = self._known_directory(key, parent, name)
@@ -488,7 +489,7 @@ class View:
         directory.add_name(parent, name)
         return directory
 
-    def adopt(self, parent: Directory, name: bytes, st: os.stat_result) -> Inode:
+    def adopt(self, parent: Directory, name: bytes, st: Stat) -> Inode:
         """The inode of something just made in the upper under a name that nobody had: nothing need be asked."""
         ino = self.table.number(self.upper.fs, st.st_ino)
         if stat.S_ISDIR(st.st_mode):
@@ -505,7 +506,7 @@ class View:
             parent.listing.add(name)
         return inode
 
-    def adopt_nameless(self, st: os.stat_result, pin: int) -> Inode:
+    def adopt_nameless(self, st: Stat, pin: int) -> Inode:
         """The inode of a file made without a name; the descriptor that keeps it is now the inode's."""
         inode = Inode(self.table.number(self.upper.fs, st.st_ino), st.st_mode)
         inode.in_upper = True
@@ -513,7 +514,7 @@ class View:
         self.table.add(inode, key_of(UPPER, st.st_ino))
         return inode
 
-    def _upper_file(self, parent: Directory, name: bytes, st: os.stat_result) -> Inode:
+    def _upper_file(self, parent: Directory, name: bytes, st: Stat) -> Inode:
         key = key_of(UPPER, st.st_ino)
         inode = self.table.find(key)
         if inode is None:
@@ -526,7 +527,7 @@ class View:
         inode.add_name(parent, name)
         return inode
 
-    def _with_origin(self, parent: Directory, name: bytes, st: os.stat_result) -> Inode:
+    def _with_origin(self, parent: Directory, name: bytes, st: Stat) -> Inode:
         """An upper object with the number of what it was copied up from, if that is known: it had that before.
 
         Only an impure directory has such entries. A lower object with several names is told apart from its copies, unless an index keeps
@@ -545,7 +546,7 @@ class View:
         self._note_index(inode, index_name, st, lower.st_nlink)
         return inode
 
-    def _note_index(self, inode: Inode, index_name: bytes, st: os.stat_result, lower_nlink: int) -> None:
+    def _note_index(self, inode: Inode, index_name: bytes, st: Stat, lower_nlink: int) -> None:
         if index_name and self.index is not None:
             inode.index_name = index_name
             inode.lower_links = self.index.links(index_name, st, lower_nlink) - st.st_nlink + 1
@@ -555,7 +556,7 @@ class View:
             directory.is_impure = self.upper.getmark(self.upper_fd(directory), b".", marks.IMPURE) is not None
         return directory.is_impure
 
-    def _lower_file(self, parent: Directory, name: bytes, directory: LowerDir, st: os.stat_result) -> Inode:
+    def _lower_file(self, parent: Directory, name: bytes, directory: LowerDir, st: Stat) -> Inode:
         key = key_of(directory.layer.index, st.st_ino)
         inode = self.table.find(key) or self._indexed(parent, name, directory, st)
         if inode is None:
@@ -571,7 +572,7 @@ class View:
             inode.add_name(parent, name)
         return inode
 
-    def _indexed(self, parent: Directory, name: bytes, directory: LowerDir, st: os.stat_result) -> Inode | None:
+    def _indexed(self, parent: Directory, name: bytes, directory: LowerDir, st: Stat) -> Inode | None:
         """The copy of a lower file with several names, which one of the others was copied up by."""
         if self.index is None or st.st_nlink == 1:
             return None
@@ -592,7 +593,7 @@ class View:
         return inode
 
     def _metacopy(
-        self, layer: Layer, dirfd: int, at: bytes, st: os.stat_result, below: tuple[LowerDir, ...], name: bytes | None = None
+        self, layer: Layer, dirfd: int, at: bytes, st: Stat, below: tuple[LowerDir, ...], name: bytes | None = None
     ) -> Data | None:
         """Where the data of a file lie, if not with the rest of it. name: the file's, if it is not `at`."""
         mark = layer.getmark(dirfd, at, marks.METACOPY) if marks.may_be_metacopy(st) else None

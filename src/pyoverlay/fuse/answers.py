@@ -20,7 +20,7 @@ from pyoverlay.core.change import Caller
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.policy import Fsync, Verity
-from pyoverlay.core.syscalls import RENAME_EXCHANGE
+from pyoverlay.core.syscalls import RENAME_EXCHANGE, Stat
 from pyoverlay.core.view import View, failure
 
 # Bytes copied on the loop, where nothing waits for a disk: a thread costs more. And where the copy must be on disk before it appears, which
@@ -33,7 +33,7 @@ _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
 _SAID_OF_MARKS = (errno.EIO, errno.EPERM, errno.EINVAL, errno.ESTALE)
 
-Shown = tuple[int, os.stat_result, int, int, int, int]
+Shown = tuple[int, Stat, int, int, int, int]
 """What an object shows: its number, stat, and what differs from that: links, uid, gid, blocks."""
 
 
@@ -60,7 +60,7 @@ class Answers:
         self.owners = None if view.owners.are_kept else view.owners
         self._slow_until = 0.0
 
-    def shown(self, inode: Inode, st: os.stat_result) -> Shown:
+    def shown(self, inode: Inode, st: Stat) -> Shown:
         uid, gid, blocks = st.st_uid, st.st_gid, self.view.blocks(inode, st)
         if not blocks and (st.st_size or self.shows_writeback) and inode.is_regular:
             # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
@@ -69,7 +69,7 @@ class Answers:
             uid, gid = self.owners.shown(st)
         return inode.ino, st, self.view.nlink(inode, st), uid, gid, blocks
 
-    def _looked_up(self, inode: Inode, st: os.stat_result) -> Shown:
+    def _looked_up(self, inode: Inode, st: Stat) -> Shown:
         """As shown, in an answer that gives the kernel a reference."""
         inode.nlookup += 1
         return self.shown(inode, st)
@@ -293,7 +293,7 @@ class Answers:
 
     # -- directories
 
-    def walk(self, ino: int, offset: int) -> Iterator[tuple[int, bytes, Inode, os.stat_result]]:
+    def walk(self, ino: int, offset: int) -> Iterator[tuple[int, bytes, Inode, Stat]]:
         """(offset, name, object, attributes) of a directory's entries past an offset, "." and ".." first."""
         view = self.view
         directory = view.directory(ino)

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode, key_of
 from pyoverlay.core.layer import Lower, LowerDir, Place
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
 from pyoverlay.errors import Refusal
 
@@ -33,7 +34,7 @@ class Opaque:
     """Nothing of what lies below the layer shows in the directory `path`, with a slash at its end; empty for the root. st: of it."""
 
     path: bytes
-    st: os.stat_result
+    st: Stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Object:
     """
 
     path: bytes
-    st: os.stat_result
+    st: Stat
     place: Place
     first: bytes | None = None
     inode: Inode | None = None
@@ -88,7 +89,7 @@ class _Walk:
                 yield step
             self.view.trim()
 
-    def _in_upper(self, directory: LowerDir, path: bytes, st: os.stat_result, *, is_opaque: bool) -> Iterator[_Step]:
+    def _in_upper(self, directory: LowerDir, path: bytes, st: Stat, *, is_opaque: bool) -> Iterator[_Step]:
         """What lies in a directory of the upper, its mark first."""
         contents = self._top.read(directory)
         if is_opaque or contents.hides_all:
@@ -108,7 +109,7 @@ class _Walk:
             else:
                 yield self._upper_object(directory, name, below, found)
 
-    def _upper_directory(self, parent: LowerDir, name: bytes, path: bytes, st: os.stat_result) -> Iterator[_Step]:
+    def _upper_directory(self, parent: LowerDir, name: bytes, path: bytes, st: Stat) -> Iterator[_Step]:
         dirfd = self._top.dirfd(parent)
         found = self._top.listmarks(dirfd, name)
         yield Object(path, st, Place(self._top, dirfd, name))
@@ -119,7 +120,7 @@ class _Walk:
         is_opaque = marks.OPAQUE in found and self._top.getmark(self._top.dirfd(parent), name, marks.OPAQUE) == b"y"
         yield self._in_upper(LowerDir(self._top, parent, name), path + b"/", st, is_opaque=is_opaque)
 
-    def _upper_object(self, directory: LowerDir, name: bytes, path: bytes, st: os.stat_result) -> Object:
+    def _upper_object(self, directory: LowerDir, name: bytes, path: bytes, st: Stat) -> Object:
         place = Place(self._top, self._top.dirfd(directory), name)
         is_metacopy = stat.S_ISREG(st.st_mode) and marks.METACOPY in self._top.listmarks(place.dirfd, name)
         inode = self._merged(path) if is_metacopy else None
@@ -143,7 +144,7 @@ class _Walk:
             self.view.release(inode)
         directory.listing = None
 
-    def _first_name(self, identity: int, path: bytes, st: os.stat_result) -> bytes | None:
+    def _first_name(self, identity: int, path: bytes, st: Stat) -> bytes | None:
         """The path under which an object was already met; None, and remembered, where this is the first."""
         if st.st_nlink == 1:
             return None

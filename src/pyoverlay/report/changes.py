@@ -23,6 +23,7 @@ from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import LowerDir
 from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
 
 _CAPABILITY = b"security.capability"
@@ -51,7 +52,7 @@ class Change:
 
     kind: Kind
     path: bytes
-    st: os.stat_result
+    st: Stat
     inode: Inode | None
     in_upper: bool
     is_opaque: bool = False
@@ -61,7 +62,7 @@ class Change:
         return stat.S_ISDIR(self.st.st_mode)
 
 
-Found = tuple[Inode, os.stat_result]
+Found = tuple[Inode, Stat]
 
 
 class Comparison:
@@ -120,7 +121,7 @@ def masked(upper: bytes, work: bytes | None) -> frozenset[tuple[int, int]]:
     return frozenset((st.st_dev, st.st_ino) for st in (os.stat(path) for path in (upper, work) if path is not None))
 
 
-def _is_same_time(now: os.stat_result, then: os.stat_result) -> bool:
+def _is_same_time(now: Stat, then: Stat) -> bool:
     """Nanoseconds count only where both have some: what came out of a tar archive has none."""
     seconds, ns = divmod(now.st_mtime_ns, _NS)
     old_seconds, old_ns = divmod(then.st_mtime_ns, _NS)

@@ -18,6 +18,7 @@ from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Lower, LowerDir
 from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
 from pyoverlay.errors import Refusal, printable
 from pyoverlay.report import mounts
@@ -96,7 +97,7 @@ class _Found:
     """A name in one directory of one layer. hidden_by: what hides it, None if it has a say."""
 
     at: LowerDir
-    st: os.stat_result | None
+    st: Stat | None
     is_whiteout: bool
     hidden_by: str | None
 
@@ -134,7 +135,7 @@ class _Search:
                 why = self._hides(parent, name, st, is_whiteout=is_whiteout)
         return found
 
-    def _hides(self, parent: LowerDir, name: bytes, st: os.stat_result | None, *, is_whiteout: bool) -> str | None:
+    def _hides(self, parent: LowerDir, name: bytes, st: Stat | None, *, is_whiteout: bool) -> str | None:
         """What hides the name in the layers below, if this layer does."""
         place = printable(self._path(parent, name))
         if is_whiteout:
