@@ -87,14 +87,14 @@ class Bed:
         finally:
             overlay.umount()
 
-    def old_and_new(self, name: str) -> tuple[TreeSeen, TreeSeen, list[str]]:
+    def old_and_new(self, name: str, faulty: type[Faulty] = Faulty) -> tuple[TreeSeen, TreeSeen, list[str]]:
         """The tree before and after a case in which nothing fails, and the calls in between."""
         case = self.case = ALL[name]
         self.renew()
         merged = self.view()
         case.prepare(merged)
         old = unlinked(merged.tree())
-        counted = merged.view.upper.calls = Faulty(0, AssertionError())
+        counted = merged.view.upper.calls = faulty(0, AssertionError())
         case.act(merged)
         made = list(counted.made)
         merged.view.close()

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from pyoverlay.testing import Directory, Symlink, Tree, Whiteout, make_tree
-from tests.crash.cases import RUNNABLE, WITHOUT_DEVICES
+from tests.crash.cases import COPIES, RUNNABLE, WITHOUT_DEVICES
 from tests.crash.images import mounted_image
 from tests.crash.judges import Bed, difference
 from tests.crash.victim import MOUNT, Victims
 from tests.unit.merged import Faulty
+from tests.unit.wired import WiredFaulty
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,21 @@ def bed(own_mounts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_killed_at_any_call_the_tree_is_the_old_or_the_new_one(victims: Victims, bed: Bed, name: str) -> None:
     """The whole tree, not path by path: so nothing is half there, and of what was renamed neither both names nor none."""
-    old, new, calls = bed.old_and_new(name)
+    assert_old_or_new(victims, bed, name)
+
+
+@pytest.mark.root
+@pytest.mark.wire
+@pytest.mark.parametrize("name", COPIES)
+def test_killed_within_one_call_of_the_extension_the_tree_is_the_old_or_the_new_one(victims: Victims, bed: Bed, name: str) -> None:
+    assert_old_or_new(victims, bed, name, WiredFaulty)
+
+
+def assert_old_or_new(victims: Victims, bed: Bed, name: str, faulty: type[Faulty] = Faulty) -> None:
+    old, new, calls = bed.old_and_new(name, faulty)
     for at in range(1, len(calls) + 2):
         bed.renew()
-        victims.die(bed.base, name, at, lowers=bed.lowers)
+        victims.die(bed.base, name, at, lowers=bed.lowers, wired=faulty is WiredFaulty)
         judges = [bed.by_us, bed.by_the_kernel] if at % 2 else [bed.by_the_kernel, bed.by_us]  # who comes first finds the litter
         for judge in judges:
             seen = judge()

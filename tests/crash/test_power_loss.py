@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from pyoverlay.core.policy import Fsync
-from tests.crash.cases import DURABLE, RUNNABLE
+from tests.crash.cases import COPIES, DURABLE, RUNNABLE
 from tests.crash.images import Image, mounted_image
 from tests.crash.judges import Bed, difference
 from tests.crash.victim import Victims
+from tests.unit.merged import Faulty
+from tests.unit.wired import WiredFaulty
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
@@ -36,19 +38,28 @@ def bed(own_mounts: None, request: pytest.FixtureRequest, tmp_path_factory: pyte
         yield ImageBed(image.point, None if "cloned" in request.param else directory, image=image)
 
 
-def cut(victims: Victims, bed: ImageBed, name: str, at: int, *, how: str = "commit and cut", fsync: Fsync = Fsync.ORDERED) -> None:
+def cut(
+    victims: Victims,
+    bed: ImageBed,
+    name: str,
+    at: int,
+    *,
+    how: str = "commit and cut",
+    fsync: Fsync = Fsync.ORDERED,
+    wired: bool = False,
+) -> None:
     bed.renew()
-    victims.die(bed.base, name, at, lowers=bed.lowers, how=how, fsync=fsync)
+    victims.die(bed.base, name, at, lowers=bed.lowers, how=how, fsync=fsync, wired=wired)
     bed.image.remount()
 
 
-def assert_old_or_new(victims: Victims, bed: ImageBed, name: str, steps: range | None = None) -> None:
+def assert_old_or_new(victims: Victims, bed: ImageBed, name: str, steps: range | None = None, faulty: type[Faulty] = Faulty) -> None:
     """steps: before which calls the power is cut; None for once, after the last."""
-    old, new, calls = bed.old_and_new(name)
+    old, new, calls = bed.old_and_new(name, faulty)
     for at in steps or [len(calls) + 1]:
         if at > len(calls) + 1:
             break
-        cut(victims, bed, name, at)
+        cut(victims, bed, name, at, wired=faulty is WiredFaulty)
         for judge in (bed.by_us, bed.by_the_kernel):
             seen = judge()
             assert seen in (old, new), f"cut before call {at} of {calls}, {judge.__name__}: {difference(seen, old, new)}"
@@ -72,6 +83,13 @@ FEW = ["write_to_a_lower_file", "create_over_a_whiteout", "rename_of_a_merged_di
 @pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_after_a_power_cut_at_any_call_the_tree_is_the_old_or_the_new_one(victims: Victims, bed: ImageBed, name: str) -> None:
     assert_old_or_new(victims, bed, name, range(1, 100))
+
+
+@pytest.mark.wire
+@KINDS
+@pytest.mark.parametrize("name", [COPIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in COPIES[1:])])
+def test_after_a_power_cut_within_one_call_of_the_extension_too(victims: Victims, bed: ImageBed, name: str) -> None:
+    assert_old_or_new(victims, bed, name, range(1, 100), WiredFaulty)
 
 
 @KINDS

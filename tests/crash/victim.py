@@ -24,6 +24,7 @@ from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
 from tests.crash.cases import ALL
 from tests.unit.merged import POLICY, Faulty, Merged
+from tests.unit.wired import WiredFaulty
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN, of _IOR('X', 125, __u32)
 _WITHOUT_FLUSHING_THE_LOG = 2
@@ -44,6 +45,10 @@ class Deadly(Faulty):
 
     def strike(self) -> None:
         self.end()
+
+
+class WiredDeadly(Deadly, WiredFaulty):
+    """Wherever the extension makes the call, too."""
 
 
 class Killed(Deadly):
@@ -98,7 +103,10 @@ def die(order: dict[str, Any]) -> None:
     def end() -> NoReturn:
         cut_power(base, commit_first=order["how"] == "commit and cut")
 
-    calls = Killed(order["at"], kill) if order["how"] == "kill" else Deadly(order["at"], end)
+    if order["wired"]:
+        calls: Deadly = WiredDeadly(order["at"], kill if order["how"] == "kill" else end)
+    else:
+        calls = Killed(order["at"], kill) if order["how"] == "kill" else Deadly(order["at"], end)
     if case is None:
         open_view(lowers, os.fsencode(base / "upper"), os.fsencode(base / "work"), policy, calls)
     else:
@@ -137,11 +145,24 @@ class Victims(AbstractContextManager["Victims"]):
         program, checkout = [sys.executable, "-m", "tests.crash.victim"], Path(__file__).parents[2]
         self._server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout)
 
-    def die(self, base: Path, case: str, at: int, *, lowers: Sequence[Path], how: str = "kill", fsync: Fsync = Fsync.ORDERED) -> None:
-        """A process does `case` on the layers in `base` and has ended at call `at` when this returns; 1 is the first."""
+    def die(
+        self,
+        base: Path,
+        case: str,
+        at: int,
+        *,
+        lowers: Sequence[Path],
+        how: str = "kill",
+        fsync: Fsync = Fsync.ORDERED,
+        wired: bool = False,
+    ) -> None:
+        """A process does `case` on the layers in `base` and has ended at call `at` when this returns; 1 is the first. wired: the extension
+        makes what it can.
+        """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         order = {"base": str(base), "case": case, "at": at, "lowers": [str(lower) for lower in lowers], "how": how, "fsync": fsync.value}
+        order["wired"] = wired
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         assert int(self._server.stdout.readline()) == signal.SIGKILL, "the process did not get as far; its traceback is above"

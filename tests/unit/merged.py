@@ -349,7 +349,7 @@ def _without_symlink_atime(seen: tuple[object, ...]) -> tuple[object, ...]:
     return (*seen[:9], *seen[10:]) if stat.S_ISLNK(mode) else seen
 
 
-_CALLS = frozenset(name for name in vars(Calls) if not name.startswith("_"))
+_CALLS = frozenset(name for name, value in vars(Calls).items() if callable(value) and not name.startswith("_")) - Calls.COMPOUND
 
 
 class Faulty(Calls):

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from pyoverlay.core import change, copyup, index, layer, merge, metacopy, origins, reads, rename, upper, view
-from tests.crash.cases import BELOW, LOWER, RUNNABLE, Case
+from pyoverlay.core import change, copyup, copyup_directory, index, layer, merge, metacopy, origins, reads, rename, upper, view
+from tests.crash.cases import BELOW, CASES, COPIES, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Faulty, Stack, timeless
+from tests.unit.wired import WiredFaulty
 
 CHANGING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EROFS)
 READING_ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE)
@@ -32,17 +33,17 @@ def prepared(stack: StackFactory, case: Case, limit: int | None) -> Stack:
     return one
 
 
-def calls_of(stack: StackFactory, case: Case) -> int:
+def calls_of(stack: StackFactory, case: Case, faulty: type[Faulty] = Faulty) -> Faulty:
     one = prepared(stack, case, None)
-    counted = one.merged.view.upper.calls = Faulty(0, AssertionError())
+    counted = one.merged.view.upper.calls = faulty(0, AssertionError())
     case.act(one.merged)
-    return counted.count
+    return counted
 
 
-def fail_changing(stack: StackFactory, case: Case, at: int, code: int, limit: int | None = None) -> None:
+def fail_changing(stack: StackFactory, case: Case, at: int, code: int, limit: int | None = None, faulty: type[Faulty] = Faulty) -> None:
     one = prepared(stack, case, limit)
     before, calls, descriptors = one.disk_tree(), one.merged.view.upper.calls, open_descriptors(one)
-    one.merged.view.upper.calls = Faulty(at, failure(code))
+    one.merged.view.upper.calls = faulty(at, failure(code))
     try:
         case.act(one.merged)
     except OSError as error:
@@ -77,7 +78,7 @@ def open_descriptors(one: Stack) -> int:
 def test_a_failing_change_leaves_the_tree_as_it_was(stack: StackFactory, name: str, limit: int | None) -> None:
     """Each call with one error, each error at many calls; all of them with --slow."""
     case = RUNNABLE[name]
-    for at in range(1, calls_of(stack, case) + 1):
+    for at in range(1, calls_of(stack, case).count + 1):
         fail_changing(stack, case, at, CHANGING_ERRORS[at % len(CHANGING_ERRORS)], limit)
 
 
@@ -87,8 +88,19 @@ def test_a_failing_change_leaves_the_tree_as_it_was(stack: StackFactory, name: s
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_change_that_fails_with_any_error_leaves_the_tree_as_it_was(stack: StackFactory, name: str, code: int) -> None:
     case = RUNNABLE[name]
-    for at in range(1, calls_of(stack, case) + 1):
+    for at in range(1, calls_of(stack, case).count + 1):
         fail_changing(stack, case, at, code)
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("name", COPIES)
+def test_a_change_that_fails_within_one_call_of_the_extension_leaves_the_tree_as_it_was(stack: StackFactory, name: str) -> None:
+    counted = calls_of(stack, CASES[name], WiredFaulty)
+    assert isinstance(counted, WiredFaulty)
+    assert counted.at_once > 0, counted.made
+    for at in range(1, counted.count + 1):
+        for code in CHANGING_ERRORS[at % 3 :: 3]:
+            fail_changing(stack, CASES[name], at, code, faulty=WiredFaulty)
 
 
 class FaultyReading:
@@ -116,7 +128,7 @@ class FaultyReading:
 def reading(at: int, code: int) -> Iterator[FaultyReading]:
     faulty = FaultyReading(at, code)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (change, copyup, index, layer, merge, metacopy, origins, reads, rename, upper, view):
+        for module in (change, copyup, copyup_directory, index, layer, merge, metacopy, origins, reads, rename, upper, view):
             patch.setattr(module, "os", faulty)
         yield faulty
 

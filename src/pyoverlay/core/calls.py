@@ -9,12 +9,71 @@ from __future__ import annotations
 
 import fcntl
 import os
+from enum import IntEnum
+from typing import NamedTuple
 
 from pyoverlay.core import syscalls
 
 
+class Order(IntEnum):
+    """What of a file is on disk before it gets its name."""
+
+    NOTHING = 0
+    DATA = 1  # by sync_file_range(2)
+    DATA_AND_SIZE = 2  # by fdatasync(2)
+    ALL = 3  # by fsync(2)
+
+
+class PlainFile(NamedTuple):
+    """A regular file of a lower that is to be copied up under its one name, with nothing about it that a decision would be needed for.
+
+    source_fd: open on it, or -1. dirfd, name: where it lies. temporary: a name in the work directory. new_dirfd, new: where it goes. size:
+    bytes of data that are wanted, -1 for all. most: bytes, past which it is not to be done in one call. in_memory: reading never waits for
+    a disk. clones: FICLONE may work. uid, gid: the copy's owner, -1 for the file's own. is_nosuid: of a mount without set-user-id programs.
+    obeys_modes: a directory's mode may forbid us to put something there. uuid: of the lower's file system, for the mark `origin`.
+    """
+
+    source_fd: int
+    dirfd: int
+    name: bytes
+    work_fd: int
+    temporary: bytes
+    new_dirfd: int
+    new: bytes
+    size: int
+    most: int
+    in_memory: bool
+    clones: bool
+    order: Order
+    uid: int
+    gid: int
+    is_nosuid: bool
+    obeys_modes: bool
+    mark_prefix: bytes
+    uuid: bytes
+
+
+class Copied(NamedTuple):
+    """A file that was copied up. fd: open for reading and writing. is_truncated: some data were not wanted. refuses_to_clone: the two file
+    systems will not share blocks, whatever the file. times_error: the errno by which its directory did not keep its times, or 0.
+    """
+
+    fd: int
+    ino: int
+    is_truncated: bool
+    refuses_to_clone: bool
+    times_error: int
+
+
 class Calls:
-    """One method a system call, under its name. Each raises what the call does."""
+    """One method a system call, under its name. Each raises what the call does.
+
+    `COMPOUND` names those that are several in one, which only a subclass may have. Their system calls go by the same names, and are
+    counted, fail and kill in the same way (`fuse/_calls.h`).
+    """
+
+    COMPOUND = frozenset({"copy_up_file"})
+    copies_up_files = False  # whether there is copy_up_file
 
     def open(self, name: bytes, flags: int, mode: int, dirfd: int) -> int:
         return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
@@ -104,6 +163,12 @@ class Calls:
 
     def syncfs(self, fd: int) -> None:
         syscalls.syncfs(fd)
+
+    # Several in one.
+
+    def copy_up_file(self, file: PlainFile) -> Copied | None:
+        """A whole copy-up. None: nothing was done, and it takes single calls. After an error `temporary` may be there."""
+        raise NotImplementedError
 
 
 def proc_path(fd: int, name: bytes) -> bytes:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import remove_tree
-from pyoverlay.core.copyup import copy_up, copy_up_directory, link_to_copy, mark_impure
+from pyoverlay.core.copyup import copy_up, link_to_copy
+from pyoverlay.core.copyup_directory import copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
 from pyoverlay.core.layer import tolerated
 from pyoverlay.core.policy import RedirectDir

@@ -5,8 +5,8 @@
     publish   owner, xattrs, origin, mode, times; then one rename makes it appear
 
 Leaving `prepare` without publishing removes what was made: so does every error between. With metacopy=on a change of attributes copies
-no data; the file gets them in its place, by the same three steps, before they are first changed. The order within publish is that of
-fs/overlayfs/copy_up.c: chown clears suid, sgid and capabilities even for root, so owner comes first; data moves mtime, so times come last.
+no data; the file gets them in its place, by the same three steps, before they are first changed. A small file that is nothing but a
+file takes one call instead, where `Calls` has it (`copyup_at_once`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pyoverlay.core import marks, syscalls
+from pyoverlay.core.calls import Order
+from pyoverlay.core.copyup_at_once import copy_up_at_once
+from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, keeping_times, mark_impure
 from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
-from pyoverlay.core.layer import CAPABILITY, Layer, Place, tolerated
-from pyoverlay.core.overrides import is_private
-from pyoverlay.core.policy import Fsync, Verity
+from pyoverlay.core.layer import CAPABILITY, Place, tolerated
+from pyoverlay.core.policy import Verity
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View, failure
@@ -76,14 +78,20 @@ def is_done(view: View, inode: Inode, *, attributes_only: bool) -> bool:
 
 
 def copy_up(view: View, inode: Inode, size: int | None = None, *, attributes_only: bool = False) -> bool:
-    """All three steps in a row. size: only so much of the data, for a truncation; returns whether that is thereby done. attributes_only:
-    none of the data, where metacopy=on.
+    """As much of the object in the upper as a change needs. size: only so much of the data, for a truncation; returns whether that is
+    thereby done. attributes_only: none of the data, where metacopy=on.
     """
     if is_done(view, inode, attributes_only=attributes_only):
         return False
     if isinstance(inode, Directory):
         copy_up_directory(view, inode)
         return False
+    is_truncated = copy_up_at_once(view, inode, size, attributes_only=attributes_only)
+    return copy_up_in_steps(view, inode, size, attributes_only=attributes_only) if is_truncated is None else is_truncated
+
+
+def copy_up_in_steps(view: View, inode: Inode, size: int | None = None, *, attributes_only: bool = False) -> bool:
+    """The same by all three steps in a row, of what is no directory and not there yet."""
     with prepare(view, inode, size, attributes_only=attributes_only) as copy:
         fill(copy)
         publish(view, copy)
@@ -213,10 +221,18 @@ def fill(copy: Copy, is_ordered: bool = True) -> None:
 
 def _clone(copy: Copy) -> bool:
     """FICLONE, where the file system can."""
+    upper, layer = copy.upper, copy.source.layer
+    is_layers_own = copy.inode.metacopy is None  # the data of a metacopy are another layer's
+    if is_layers_own and not upper.may_clone_from(layer):
+        return False
     try:
-        copy.upper.calls.ficlone(copy.fd, copy.source_fd)
+        upper.calls.ficlone(copy.fd, copy.source_fd)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY):
+        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY):
+            if is_layers_own:
+                upper.cannot_clone_from(layer)
+            return False
+        if error.errno in (errno.EINVAL, errno.EPERM, errno.ETXTBSY):  # of this file alone
             return False
         raise
     return True
@@ -255,20 +271,14 @@ def _copy_range(copy: Copy, offset: int, end: int) -> None:
 
 def _order(copy: Copy) -> None:
     """The data before the name: an empty file after a power cut is what the rename would otherwise leave."""
-    if not must_order(copy.upper):
-        return
-    match copy.upper.fsync:
-        case Fsync.ORDERED if copy.upper.keeps_order:
-            copy.upper.calls.sync_file_range(copy.fd)
-        case Fsync.ORDERED:
-            copy.upper.calls.fdatasync(copy.fd)
-        case Fsync.STRICT:
-            copy.upper.calls.fsync(copy.fd)
-
-
-def must_order(upper: Upper) -> bool:
-    """Is there a disk, and does anybody care what is on it?"""
-    return not upper.is_memory and upper.fsync is not Fsync.VOLATILE
+    calls = copy.upper.calls
+    match copy.upper.order:
+        case Order.DATA:
+            calls.sync_file_range(copy.fd)
+        case Order.DATA_AND_SIZE:
+            calls.fdatasync(copy.fd)
+        case Order.ALL:
+            calls.fsync(copy.fd)
 
 
 def publish(view: View, copy: Copy) -> None:
@@ -361,18 +371,6 @@ def _name(view: View, copy: Copy, names: list[tuple[Directory, bytes]]) -> None:
         raise
 
 
-@contextmanager
-def keeping_times(upper: Upper, dirfd: int) -> Iterator[int]:
-    """A directory does not change because something in it was copied up: its times are put back, if they can be: what was copied up
-    is there by then. And its mode does not matter, which may forbid an ordinary user to put anything there.
-    """
-    before = os.stat(dirfd)
-    with upper.as_writable(dirfd):
-        yield dirfd
-        with tolerated("a directory keeps the time of a copy-up in it"):
-            upper.calls.utimens(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
-
-
 def _publish_orphan(view: View, copy: Copy, real: Stat) -> None:
     upper = copy.upper
     if copy.inode.lower_links > 0 or not view.can_pin():
@@ -395,108 +393,3 @@ def _adopt(view: View, copy: Copy, real: Stat) -> None:
     elif copy.fd >= 0:
         view.set_data_fd(copy.inode, copy.fd, is_writable=True)
     log.debug("copied up %d: %d bytes", copy.inode.ino, copy.size)
-
-
-def copy_attributes(
-    upper: Upper, source: Place, st: Stat, name: bytes, origin: marks.Origin | None = None, *, keeps_mtime: bool = True
-) -> None:
-    """Owner, xattrs and origin, mode, times, in this order, onto something in the work directory.
-
-    The mode after the xattrs, since it may forbid an ordinary user to set any: of a file with mode 0444, which is what git makes.
-    An owner that cannot be kept refuses the copy-up: nobody's file becomes the daemon's, unless it shows as somebody's already (`squash`).
-    """
-    dirfd = upper.work_fd
-    uid, gid = upper.squash
-    if upper.doubts_owners and (uid, gid) == (None, None) and not source.layer.knows_owner(source.dirfd, source.name, st):
-        raise failure(errno.EOVERFLOW)
-    upper.calls.chown(dirfd, name, st.st_uid if uid is None else uid, st.st_gid if gid is None else gid)
-    copy_xattrs(upper, source, dirfd, name)
-    if origin is not None:
-        upper.set_origin(dirfd, name, origin)
-    if not stat.S_ISLNK(st.st_mode):
-        upper.calls.chmod(dirfd, name, _mode(source.layer, st))
-    upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns if keeps_mtime else None)
-
-
-def _mode(layer: Layer, st: Stat) -> int:
-    """The permission bits of a copy: a program that its mount keeps from changing its user does not win that right by being copied."""
-    mode = stat.S_IMODE(st.st_mode)
-    return mode & ~(stat.S_ISUID | stat.S_ISGID) if layer.is_nosuid and stat.S_ISREG(st.st_mode) else mode
-
-
-def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
-    """All but the overlay's own marks. One that the upper cannot hold is left out only if nobody's rights depend on it (ovl_copy_xattr)."""
-    for attribute in source.layer.listxattr(source.dirfd, source.name):
-        if attribute.startswith(upper.mark_prefix) and marks.unescape_xattr(attribute, upper.mark_prefix) is None:
-            continue
-        if (source.layer.is_nosuid and attribute == CAPABILITY) or (upper.override is not None and is_private(attribute)):
-            continue
-        value = source.layer.getxattr(source.dirfd, source.name, attribute)
-        if value is None:
-            continue
-        try:
-            upper.calls.setxattr(dirfd, name, attribute, value, 0)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or attribute.startswith((b"system.", CAPABILITY)):
-                raise
-
-
-def mark_impure(view: View, directory: Directory) -> None:
-    """Say on a directory of the upper that inode numbers in it are to be looked up by origin."""
-    if directory.is_impure:
-        return
-    dirfd = view.upper_fd(directory)
-    with view.upper.as_writable(dirfd):
-        view.upper.set_mark(dirfd, b".", marks.IMPURE, b"y")
-    directory.is_impure = True
-
-
-def copy_up_directory(view: View, directory: Directory) -> None:
-    """A directory, those above it first: upper directories of the same attributes, merged with the lower ones. EROFS without an upper."""
-    missing: list[Directory] = []
-    above: Directory | None = directory
-    while above is not None and not above.in_upper:
-        missing.append(above)
-        above = above.parent
-    for lower in reversed(missing):
-        _copy_up_one(view, lower)
-
-
-@contextmanager
-def _movable(upper: Upper, name: bytes) -> Iterator[None]:
-    """A directory of the work directory that goes elsewhere: its entry ".." changes, which its mode may forbid (rename(2), EACCES)."""
-    if not upper.obeys_modes:
-        yield
-        return
-    fd = upper.pin(upper.work_fd, name)
-    try:
-        with upper.as_writable(fd):
-            yield
-    finally:
-        os.close(fd)
-
-
-def _copy_up_one(view: View, directory: Directory) -> None:
-    upper, parent = view.upper, directory.parent
-    if parent is None:
-        raise failure(errno.ENOENT)  # removed meanwhile
-    source = view.lower_place(directory)
-    copy = Copy(upper, directory, source, source.layer.fstat(source.dirfd), 0)
-    upper.is_dirty = True
-    try:
-        upper.calls.mkdir(copy.temporary, 0o700, upper.work_fd)
-        origin = view.origins.of(source)
-        copy_attributes(upper, copy.source, copy.st, copy.temporary, origin)
-        if origin is not None:
-            mark_impure(view, parent)
-        real = os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
-        with keeping_times(upper, view.upper_fd(parent)) as dirfd, _movable(upper, copy.temporary):
-            upper.calls.rename(upper.work_fd, copy.temporary, dirfd, directory.name)
-        copy.is_published = True
-    finally:
-        if not copy.is_published:
-            upper.discard(copy.temporary)
-    directory.in_upper = True
-    directory.has_origin = True
-    directory.is_impure = False
-    view.table.add_key(directory, key_of(UPPER, real.st_ino))

@@ -20,8 +20,10 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from pyoverlay.core import copyup, marks
+from pyoverlay.core.calls import Order
 from pyoverlay.core.change import bring_up, in_upper
-from pyoverlay.core.copyup import Copy, copy_up_directory
+from pyoverlay.core.copyup import Copy
+from pyoverlay.core.copyup_directory import copy_up_directory, keeping_times
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import tolerated
 from pyoverlay.core.view import View, failure
@@ -87,7 +89,7 @@ class Detachment:
 
     def put_on_disk(self) -> None:
         """The data of all copies before their names, by one call."""
-        if copyup.must_order(self.view.upper):
+        if self.view.upper.order is not Order.NOTHING:
             self.view.upper.calls.syncfs(self.view.upper.root_fd)
 
     def publish(self, inode: Inode) -> None:
@@ -128,7 +130,7 @@ class Detachment:
             name = os.fsencode(entry.name)
             st = upper.stat(dirfd, name) if not entry.is_file(follow_symlinks=False) else None
             if st is not None and marks.is_whiteout_device(st):
-                with tolerated("a whiteout that hides nothing stays in the upper"), copyup.keeping_times(upper, dirfd):
+                with tolerated("a whiteout that hides nothing stays in the upper"), keeping_times(upper, dirfd):
                     upper.calls.unlink(name, dirfd)
 
 

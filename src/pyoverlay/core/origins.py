@@ -29,6 +29,10 @@ class Origins:
             os.close(fd)
         self._filesystems = {}
 
+    def uuid_of(self, layer: Layer) -> bytes:
+        """What handles on a layer's file system say that it is."""
+        return self._filesystems[layer.fs][0]
+
     def of(self, place: Place) -> marks.Origin | None:
         """The handle of a lower object; None where its file system has none."""
         uuid, _ = self._filesystems[place.layer.fs]

@@ -29,7 +29,7 @@ from pyoverlay.core.change import (
     require_nameable,
     set_redirect,
 )
-from pyoverlay.core.copyup import copy_attributes, copy_up_directory, mark_impure
+from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, mark_impure
 from pyoverlay.core.detach import detach
 from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated

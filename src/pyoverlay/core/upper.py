@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pyoverlay.core import marks, overrides, syscalls
-from pyoverlay.core.calls import Calls, proc_path, remove_tree
+from pyoverlay.core.calls import Calls, Order, proc_path, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Layer, require_regular, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.syscalls import Stat
@@ -43,6 +43,7 @@ class Upper(Layer):
         self.reads_aufs = False  # `.wh.NAME` is a whiteout: an image's layer that an engine stored, mounted as an upper
         self.doubts_owners = False  # an id that shows as the overflow id may be unmapped
         self.squash: tuple[int | None, int | None] = (None, None)  # the owner that everything has in the view, if it is one
+        self._cannot_clone_from: set[int] = set()  # layers, by index
         self._spare: bytes | None = None
         self._litter: list[bytes] = []  # what could not be discarded
 
@@ -58,6 +59,23 @@ class Upper(Layer):
         self.is_dirty = False
         if self.fsync is not Fsync.VOLATILE:
             self.calls.syncfs(self.root_fd)
+
+    @property
+    def order(self) -> Order:
+        """What of a copy-up's data has to be on disk before its name."""
+        if self.is_memory or self.fsync is Fsync.VOLATILE:
+            return Order.NOTHING
+        if self.fsync is Fsync.STRICT:
+            return Order.ALL
+        return Order.DATA if self.keeps_order else Order.DATA_AND_SIZE
+
+    def may_clone_from(self, layer: Layer) -> bool:
+        """Has FICLONE not been refused for files of this layer? Two file systems either share blocks or do not."""
+        return layer.index not in self._cannot_clone_from
+
+    def cannot_clone_from(self, layer: Layer) -> None:
+        """It has been."""
+        self._cannot_clone_from.add(layer.index)
 
     def open_read(self, dirfd: int, name: bytes) -> int:
         """As of any layer. What the mode refuses its owner is opened all the same: the kernel has let the caller open it, before a chmod

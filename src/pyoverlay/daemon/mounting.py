@@ -32,6 +32,7 @@ from pyoverlay.fuse.mountpoint import MountOptions, MountPoint, open_mount_point
 from pyoverlay.fuse.operations import Operations
 from pyoverlay.fuse.session import STOP_SIGNALS, Session
 from pyoverlay.fuse.wired import limit_inodes, operations_for
+from pyoverlay.fuse.wired_calls import calls_for
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def mount_options(options: Options, lowers: Sequence[Directory], *, privileged: 
 def _open(layers: Layers, rules: Policy) -> View:
     lowers, data_lowers = ([layer.path for layer in each] for each in (layers.lowers, layers.data_lowers))
     try:
-        return open_view(lowers, _path(layers.upper), _path(layers.work), rules, data_layers=data_lowers)
+        return open_view(lowers, _path(layers.upper), _path(layers.work), rules, calls_for(rules, wire), data_lowers)
     except IndexRefused as error:
         remedy = "mount it as then, or remove `index` from the work directory, or leave index=on out"
         raise Refusal(error.filename, error.strerror or "", error.errno, remedy) from error

@@ -19,6 +19,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "_calls.h"
 #include "_direct.h"
 #include "_notify.h"
 
@@ -669,6 +670,8 @@ static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "notify_inval_inode", notify_inval_inode, METH_VARARGS, NULL },
 	{ "notify_inval_entry", notify_inval_entry, METH_VARARGS, NULL },
 	{ "notify_prune", notify_prune, METH_O, NULL },
+	{ "watch_calls", watch_calls, METH_O, NULL },
+	{ "copy_up_file", copy_up_file, METH_VARARGS, NULL },
 	{ NULL, NULL, 0, NULL },
 };
 

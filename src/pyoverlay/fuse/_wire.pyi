@@ -101,3 +101,31 @@ def notify_inval_entry(parent: int, name: bytes, /) -> None:
 
 def notify_prune(nodes: Sequence[int], /) -> None:
     """Ask the kernel to forget `nodes` that nobody uses (protocol 7.45). OSError EINVAL: an older kernel."""
+
+def watch_calls(watch: Callable[[str], int] | None, /) -> None:
+    """For tests: from now on `watch` is called right before each system call by which the functions below change an upper or put it on
+    disk, with the name of the call in `core.calls`. It returns 0, or the errno with which that call fails instead of being made.
+    """
+
+def copy_up_file(
+    source_fd: int,
+    dirfd: int,
+    name: bytes,
+    work_fd: int,
+    temporary: bytes,
+    new_dirfd: int,
+    new: bytes,
+    size: int,
+    most: int,
+    in_memory: bool,
+    clones: bool,
+    order: int,
+    uid: int,
+    gid: int,
+    is_nosuid: bool,
+    obeys_modes: bool,
+    mark_prefix: bytes,
+    uuid: bytes,
+    /,
+) -> tuple[int, int, bool, bool, int] | None:
+    """`core.calls.Calls.copy_up_file`, with the fields of a PlainFile."""

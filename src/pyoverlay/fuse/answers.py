@@ -16,7 +16,10 @@ from collections.abc import Iterator, Mapping
 
 from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core import rename as renaming
+from pyoverlay.core.calls import Order
 from pyoverlay.core.change import Caller
+from pyoverlay.core.copyup_at_once import copy_up_at_once
+from pyoverlay.core.copyup_directory import copy_up_directory
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.policy import Fsync, Verity
@@ -95,18 +98,31 @@ class Answers:
             raise NotAtOnce
         if copyup.is_done(self.view, inode, attributes_only=attributes_only):
             return False
-        if inode.is_regular and not self._is_quick(inode, size, attributes_only=attributes_only):
-            raise NotAtOnce
         begin = time.monotonic()
-        is_truncated = copyup.copy_up(self.view, inode, size, attributes_only=attributes_only)
+        is_truncated = None
+        if not self._waits_for_disk() or begin >= self._slow_until:
+            is_truncated = copy_up_at_once(self.view, inode, size, attributes_only=attributes_only)
+        if is_truncated is None:
+            is_truncated = self._copy_up_in_steps(inode, size, attributes_only=attributes_only)
         if (end := time.monotonic()) - begin > _SLOW:
             self._slow_until = end + _WHILE
         return is_truncated
 
+    def _copy_up_in_steps(self, inode: Inode, size: int | None, *, attributes_only: bool) -> bool:
+        if isinstance(inode, Directory):
+            copy_up_directory(self.view, inode)
+            return False
+        if inode.is_regular and not self._is_quick(inode, size, attributes_only=attributes_only):
+            raise NotAtOnce
+        return copyup.copy_up_in_steps(self.view, inode, size, attributes_only=attributes_only)
+
+    def _waits_for_disk(self) -> bool:
+        return self.view.upper.order is not Order.NOTHING
+
     def _is_quick(self, inode: Inode, size: int | None, *, attributes_only: bool) -> bool:
         if attributes_only and self.view.policy.metacopy and self.view.policy.verity is not Verity.REQUIRE:
             return True
-        must_order = copyup.must_order(self.view.upper)
+        must_order = self._waits_for_disk()
         if must_order and time.monotonic() < self._slow_until:
             return False
         length = self.view.stat(inode).st_size

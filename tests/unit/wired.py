@@ -1,0 +1,45 @@
+"""Calls that the extension makes several of at once, watched as the single ones are: exactly what needs the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from pyoverlay.core.calls import Copied, PlainFile
+from pyoverlay.fuse.binding import wire
+from pyoverlay.fuse.wired_calls import WiredCalls
+from tests.unit.merged import Faulty
+
+T = TypeVar("T")
+
+
+class WiredFaulty(Faulty, WiredCalls):
+    """Faulty, with what the extension does in one call done there. at_once: how many such calls did something."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        Faulty.__init__(self, at, error)
+        assert wire is not None
+        self.at_once = 0
+        WiredCalls.__init__(self, wire)
+
+    def copy_up_file(self, file: PlainFile) -> Copied | None:
+        return self._watched(super().copy_up_file, file)
+
+    def _watched(self, call: Callable[..., T], *arguments: object) -> T:
+        """For the time of the call alone: the extension is the process's, and so is who watches it."""
+        before = self.count
+        self._wire.watch_calls(self._about_to_call)
+        try:
+            return call(*arguments)
+        finally:
+            self._wire.watch_calls(None)
+            self.at_once += self.count > before
+
+    def _about_to_call(self, name: str) -> int:
+        self.made.append(name)
+        if self.count == self.at:
+            try:
+                self.strike()
+            except OSError as error:
+                return error.errno or 0
+        return 0
