@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pyoverlay.core.policy import Whiteouts
-from pyoverlay.testing import Tree
+from pyoverlay.testing import Symlink, Tree
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack
 
@@ -100,3 +100,13 @@ def test_a_directory_that_holds_nothing_else_is_empty(stack: StackFactory) -> No
     assert one.merged.listdir("d") == []
     one.merged.rmdir("d")
     assert not one.fresh().exists("d")
+
+
+def test_a_symlink_in_the_place_of_a_directory_is_not_followed_to_its_mark(stack: StackFactory) -> None:
+    """Swapped in between the look and the question; outside there is what would hide all below."""
+    one = stack(LOWER, upper={"link": Symlink("elsewhere"), "elsewhere": {".wh..wh..opq": ""}}, policy=AUFS)
+    upper = one.merged.view.upper
+    assert upper.is_aufs_opaque(upper.root_fd, b"elsewhere")
+    with pytest.raises(OSError) as caught:
+        upper.is_aufs_opaque(upper.root_fd, b"link")
+    assert caught.value.errno in (errno.ENOTDIR, errno.ELOOP)

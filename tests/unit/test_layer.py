@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, open_be
 from pyoverlay.core.policy import Policy, Whiteouts
 from pyoverlay.core.upper import Upper
 from pyoverlay.testing import Device, Directory, Fifo, File, Symlink, Tree, Whiteout, is_whiteout, make_tree
+from tests.posix.check import fails
+from tests.posix.system_calls import IN_OPEN, Inotify
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack, mark
 
@@ -129,6 +133,32 @@ def test_a_fifo_in_a_layer_is_never_opened(stack: StackFactory) -> None:
     with pytest.raises(OSError) as caught:
         lower.open_read(lower.root_fd, b"fifo")
     assert caught.value.errno == errno.ESTALE
+
+
+@pytest.mark.root  # devices
+def test_where_layers_are_no_clones_what_is_no_file_is_not_opened_either(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened and closed again, a tape would have been rewound, and a writer that waits for a reader of the fifo been let go."""
+
+    def refused(dirfd: int, path: bytes, flags: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(syscalls, "open_tree", refused)  # as to an ordinary user
+    special: Tree = {"null": Device(kind="c", major=1, minor=3), "fifo": Fifo()}
+    view = stack(special, upper=special, policy=replace(POLICY, userxattr=True, privileged=False)).merged.view
+    assert (view.upper.is_clone, view.lowers[0].is_clone) == (False, False)
+    for layer in (view.lowers[0], view.upper):
+        for name in (b"null", b"fifo"):
+            pin = view.upper.pin(layer.root_fd, name)
+            opens = [partial(layer.open_read, layer.root_fd, name), partial(view.upper.open_pinned, pin, os.O_RDWR)]
+            opens += [partial(view.upper.open_write, layer.root_fd, name)] if layer is view.upper else []
+            with Inotify(f"/proc/self/fd/{pin}", IN_OPEN) as watched:
+                for attempt in opens:
+                    with fails(errno.ESTALE):
+                        attempt()
+                assert watched.events() == []
+                os.close(os.open(f"/proc/self/fd/{pin}", os.O_RDWR))
+                assert watched.events() == [(IN_OPEN, "")], "an open would have shown"
+            os.close(pin)
 
 
 def test_a_layer_has_no_method_that_changes_anything() -> None:

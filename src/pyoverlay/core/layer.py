@@ -188,10 +188,28 @@ class Layer:
 
     def open_read(self, dirfd: int, name: bytes) -> int:
         """Descriptor of a regular file. ESTALE where it is no longer one: a fifo or a device in a layer is never opened."""
+        if not self.is_clone:
+            return self._open_regular(dirfd, name, os.O_RDONLY)
         fd = self._open_noatime(dirfd, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         return require_regular(fd)
 
-    def _open_noatime(self, dirfd: int, name: bytes, flags: int) -> int:
+    def _open_regular(self, dirfd: int, name: bytes, flags: int) -> int:
+        """The same where somebody may put a device in the place of the file, which a clone lets nobody open: what it is, is looked at
+        before it is opened, and stays what it is. 5 µs more than to open the name.
+        """
+        pin = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+        try:
+            return self._reopen(pin, flags)
+        finally:
+            os.close(pin)
+
+    def _reopen(self, pin: int, flags: int) -> int:
+        """Descriptor of the regular file that an O_PATH descriptor is of. ESTALE, and nothing is opened, where it is of something else."""
+        if not stat.S_ISREG(os.fstat(pin).st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self._open_noatime(None, proc_path(pin, b""), flags | os.O_CLOEXEC)
+
+    def _open_noatime(self, dirfd: int | None, name: bytes, flags: int) -> int:
         """Reading leaves no trace, where we may say so: O_NOATIME is for the owner and for CAP_FOWNER (open(2))."""
         try:
             return os.open(name, flags | self._noatime, dir_fd=dirfd)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pyoverlay.core import marks, overrides, syscalls
-from pyoverlay.core.calls import Calls, Order, proc_path, remove_tree
+from pyoverlay.core.calls import Calls, Order, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Layer, require_regular, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.syscalls import Stat
@@ -96,15 +96,17 @@ class Upper(Layer):
                 return self._open_write(dirfd, name)
 
     def _open_write(self, dirfd: int, name: bytes) -> int:
+        if not self.is_clone:
+            return self._open_regular(dirfd, name, os.O_RDWR)
         return require_regular(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dirfd))
 
     def open_pinned(self, pin: int, flags: int) -> int:
         """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it; as `open_read`."""
         try:
-            return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
+            return self._reopen(pin, flags)
         except PermissionError:
             with self._open_to_owner(pin, b""):
-                return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
+                return self._reopen(pin, flags)
 
     def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
         """As of any layer. `user.` attributes, and with them an ordinary user's marks, cannot be read where the mode refuses reading."""
@@ -230,7 +232,13 @@ class Upper(Layer):
 
     def is_aufs_opaque(self, dirfd: int, name: bytes) -> bool:
         """Does a directory hide all below it by `.wh..wh..opq` in it?"""
-        st = self.stat(dirfd, name + b"/" + marks.AUFS_OPAQUE) if self.reads_aufs else None
+        if not self.reads_aufs:
+            return False
+        directory = self.open_dir(dirfd, name)  # a symlink in its place would lead a path through it elsewhere
+        try:
+            st = self.stat(directory, marks.AUFS_OPAQUE)
+        finally:
+            os.close(directory)
         return st is not None and marks.may_be_whiteout_file(st)
 
     def whiteout(self) -> bytes:
