@@ -20,8 +20,7 @@ from typing import Any
 
 from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core.attributes import Wanted
-from pyoverlay.core.calls import Calls
-from pyoverlay.core.change import Caller
+from pyoverlay.core.calls import Caller, Calls
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import readable_dir
 from pyoverlay.core.policy import Fsync, Policy

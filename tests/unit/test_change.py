@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from pyoverlay.core import change, copyup, syscalls
-from pyoverlay.core.change import Caller
+from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Directory as MergedDirectory
 from pyoverlay.testing import Directory, Fifo, HardLink, Symlink, Tree, Whiteout, is_whiteout, snapshot
 from tests.unit.conftest import StackFactory
@@ -367,6 +367,23 @@ def test_what_is_made_for_another_user_belongs_to_that_user_and_we_stay_who_we_a
     assert (os.stat(one.upper / "mine").st_uid, os.stat(one.upper / "mine").st_gid) == (0, 0)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("is_dumpable", [True, False])
+def test_making_something_for_another_user_changes_nothing_about_who_may_look_at_us(stack: StackFactory, is_dumpable: bool) -> None:
+    """The kernel sets PR_SET_DUMPABLE anew when fsuid changes, and /proc/PID of a process without it belongs to root."""
+    one = stack(LOWER)
+    one.merged.caller = Caller(1000, 2000, 0o022)
+
+    def create() -> None:
+        syscalls.keep_capabilities_over_setfsuid()
+        syscalls.set_dumpable(is_dumpable)
+        one.merged.create("new")
+        if syscalls.is_dumpable() is not is_dumpable:
+            raise OSError(errno.EPROTO, "")
+
+    assert errno_in_a_child(create) == 0
+
+
 def errno_in_a_child(act: Callable[[], object]) -> int:
     """In a process of its own: what it does to its credentials is for good."""
     pid = os.fork()
@@ -391,7 +408,6 @@ def test_a_caller_that_we_cannot_be_is_refused_and_we_stay_who_we_are(stack: Sta
             os.setgroups([])
             os.setresgid(65534, 65534, 65534)
             os.setresuid(65534, 65534, 65534)
-        one.merged.view.upper._ids = (os.geteuid(), os.getegid())
         one.merged.caller = Caller(1000, 2000, 0o022)
         try:
             one.merged.create("new")

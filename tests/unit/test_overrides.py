@@ -13,7 +13,8 @@ import pytest
 
 from pyoverlay.core import attributes, overrides
 from pyoverlay.core.attributes import Wanted
-from pyoverlay.core.change import Caller, create, mkdir, mknod, symlink, tmpfile
+from pyoverlay.core.calls import Caller
+from pyoverlay.core.change import create, mkdir, mknod, symlink, tmpfile
 from pyoverlay.core.overrides import Override
 from pyoverlay.core.policy import Override as Kept
 from pyoverlay.testing import Directory, File, Symlink

@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
 
 from pyoverlay.core import syscalls
+from pyoverlay.core.syscalls import Stat
+
+
+class Caller(NamedTuple):
+    """Who asks: what is made belongs to them."""
+
+    uid: int
+    gid: int
+    umask: int
 
 
 class Order(IntEnum):
@@ -68,11 +80,11 @@ class Copied(NamedTuple):
 class Calls:
     """One method a system call, under its name. Each raises what the call does.
 
-    `COMPOUND` names those that are several in one, which only a subclass may have. Their system calls go by the same names, and are
-    counted, fail and kill in the same way (`fuse/_calls.h`).
+    `COMPOUND` names those that are several in one, which only a subclass may have, or may make by one call. Their system calls go by the
+    same names, and are counted, fail and kill in the same way (`fuse/_calls.h`).
     """
 
-    COMPOUND = frozenset({"copy_up_file"})
+    COMPOUND = frozenset({"as_caller", "make", "copy_up_file"})
     copies_up_files = False  # whether there is copy_up_file
 
     def open(self, name: bytes, flags: int, mode: int, dirfd: int) -> int:
@@ -149,6 +161,46 @@ class Calls:
 
     def ioctl(self, fd: int, request: int, argument: bytes) -> None:
         fcntl.ioctl(fd, request, argument)
+
+    # What is made for a caller.
+
+    @contextmanager
+    def as_caller(self, caller: Caller) -> Iterator[None]:
+        """What is made inside belongs to the caller from its first moment, and the caller's umask applies unless a default ACL does.
+        EINVAL: it is nobody that we can be.
+        """
+        own = os.geteuid(), os.getegid()
+        old = os.umask(caller.umask)
+        try:
+            if caller[:2] == own:
+                yield
+                return
+            is_dumpable = syscalls.is_dumpable()
+            try:
+                syscalls.setfsids(caller.uid, caller.gid)
+                yield
+            finally:
+                syscalls.setfsids(*own)
+                syscalls.set_dumpable(is_dumpable)  # a change of fsuid sets it to what the sysctl fs.suid_dumpable says (commit_creds)
+        finally:
+            os.umask(old)
+
+    def make(
+        self, dirfd: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b""
+    ) -> tuple[int, Stat | None]:
+        """A new object for the caller, of the type that is in the mode: (the descriptor of a regular file, open for both, else -1; its
+        attributes, or None where they have to be asked for). EEXIST, and what the call raises.
+        """
+        with self.as_caller(caller):
+            if stat.S_ISREG(mode):
+                return self.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode & 0o7777, dirfd), None
+            if stat.S_ISDIR(mode):
+                self.mkdir(name, mode & 0o7777, dirfd)
+            elif stat.S_ISLNK(mode):
+                self.symlink(target, name, dirfd)
+            else:
+                self.mknod(name, mode, rdev, dirfd)
+        return -1, None
 
     # What changes nothing but says when it is on disk.
 

@@ -12,10 +12,10 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from types import TracebackType
 
 from pyoverlay.core import marks, syscalls
-from pyoverlay.core.calls import remove_tree
+from pyoverlay.core.calls import Caller, remove_tree
 from pyoverlay.core.copyup import copy_up, link_to_copy
 from pyoverlay.core.copyup_directory import copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
@@ -28,36 +28,12 @@ from pyoverlay.core.view import View, failure
 _ACL_DEFAULT = b"system.posix_acl_default"
 _LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold
 
-
-class Caller(NamedTuple):
-    """Who asks: what is made belongs to them."""
-
-    uid: int
-    gid: int
-    umask: int
-
-
-Build = Callable[[int, bytes], None]  # (dirfd, name): make the object there
+Build = Callable[[int, bytes], tuple[int, Stat | None]]  # (dirfd, name): make the object there, as `Calls.make`
 
 
 def create(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, Stat]:
     """A regular file, empty and open for reading and writing. EEXIST, ENOENT (the directory was removed), and what open(2) raises."""
-    upper = view.upper
-    opened = -1
-
-    def build(dirfd: int, at: bytes) -> None:
-        nonlocal opened
-        opened = upper.calls.open(at, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode & 0o7777, dirfd)
-
-    try:
-        _add(view, parent, name, caller, build)
-        inode, st = _adopted(view, parent, name, opened)
-        view.set_data_fd(inode, opened, is_writable=True)
-        opened = -1
-    finally:
-        if opened >= 0:
-            os.close(opened)
-    return inode, st
+    return _make(view, parent, name, stat.S_IFREG | mode & 0o7777, caller)
 
 
 def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[Inode, Stat]:
@@ -69,7 +45,7 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
     open_for_change(view, parent)
     upper = view.upper
     upper.is_dirty = True
-    with upper.as_caller(*caller):
+    with upper.calls.as_caller(caller):
         fd = upper.calls.open(b".", os.O_TMPFILE | os.O_RDWR, mode & 0o7777, view.upper_fd(parent))
     st = upper.fstat(fd)
     inode = view.adopt_nameless(st, os.dup(fd))
@@ -79,28 +55,19 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
 
 def mkdir(view: View, parent: Directory, name: bytes, mode: int, caller: Caller) -> tuple[Inode, Stat]:
     """A directory; it hides what lowers have under its name."""
-    calls = view.upper.calls
-    is_opaque = _add(view, parent, name, caller, lambda dirfd, at: calls.mkdir(at, mode & 0o7777, dirfd), is_directory=True)
-    inode, st = _adopted(view, parent, name)
-    assert isinstance(inode, Directory)
-    inode.is_opaque = is_opaque
-    return inode, st
+    return _make(view, parent, name, stat.S_IFDIR | mode & 0o7777, caller)
 
 
 def symlink(view: View, parent: Directory, name: bytes, target: bytes, caller: Caller) -> tuple[Inode, Stat]:
     """A symlink with that target, taken as it is."""
-    calls = view.upper.calls
-    _add(view, parent, name, caller, lambda dirfd, at: calls.symlink(target, at, dirfd))
-    return _adopted(view, parent, name)
+    return _make(view, parent, name, stat.S_IFLNK, caller, target=target)
 
 
 def mknod(view: View, parent: Directory, name: bytes, mode: int, rdev: int, caller: Caller) -> tuple[Inode, Stat]:
     """A fifo, socket, device or empty file. EPERM for the device 0/0: that is what a whiteout is (ovl_mknod)."""
-    if stat.S_ISCHR(mode) and rdev == 0:
+    if rdev == 0 and stat.S_ISCHR(mode):
         raise failure(errno.EPERM)
-    calls = view.upper.calls
-    _add(view, parent, name, caller, lambda dirfd, at: calls.mknod(at, mode, rdev, dirfd))
-    return _adopted(view, parent, name)
+    return _make(view, parent, name, mode if stat.S_IFMT(mode) else stat.S_IFREG | mode, caller, rdev)
 
 
 def link(view: View, inode: Inode, parent: Directory, name: bytes) -> Stat:
@@ -128,8 +95,11 @@ def link(view: View, inode: Inode, parent: Directory, name: bytes) -> Stat:
         upper.calls.link(from_dirfd, from_name, upper.work_fd, temporary)
         with discarded_on_failure(upper, temporary):
             upper.calls.rename(upper.work_fd, temporary, dirfd, name)
-    with _taken_back_on_failure(view, parent, name):
+    try:
         st = view.stat(inode)
+    except OSError:
+        _take_back(view, parent, name)
+        raise
     inode.add_name(parent, name)
     if parent.listing is not None:
         parent.listing.add(name)
@@ -196,7 +166,8 @@ def _remove_upper_directory(upper: Upper, dirfd: int, name: bytes) -> None:
 def open_for_change(view: View, parent: Directory) -> None:
     """Before an entry comes or goes: the directory is in the upper. EOVERFLOW: it belongs to nobody (`owners`)."""
     view.require_owner(parent)
-    copy_up_directory(view, parent)
+    if not parent.in_upper:
+        copy_up_directory(view, parent)
 
 
 def in_upper(view: View, parent: Directory, name: bytes, inode: Inode) -> bool:
@@ -328,26 +299,30 @@ def path_in_lowers(directory: Directory) -> bytes:
     return b"/" + b"/".join(reversed(components))
 
 
-@contextmanager
-def kept_alive(view: View, inode: Inode, parent: Directory, name: bytes, *, is_upper: bool) -> Iterator[None]:
+class kept_alive:  # noqa: N801  (read as the verb of a `with`, which as a generator takes three times as long)
     """Around the call that takes away a name, of the upper if is_upper. Before an upper object loses the last one that we know, it is
     held, so that its number is not given to another while the kernel knows it; if the call fails it is let go again.
 
     Of a lower object with several names, those that the upper does not have yet lead to the copy as well. It must not come to have no
     link at all, since then nothing could give them one (linkat(2)): so it gets a name in the work directory, for as long as we are mounted.
     """
-    let_go = _hold(view, inode, parent, name) if is_upper else None
-    try:
-        yield
-    except OSError:
-        if let_go is not None:
-            let_go()
-        raise
+
+    __slots__ = ("_let_go",)
+
+    def __init__(self, view: View, inode: Inode, parent: Directory, name: bytes, *, is_upper: bool) -> None:
+        self._let_go = _hold(view, inode, parent, name) if is_upper else None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._let_go is not None and isinstance(error, OSError):
+            self._let_go()
 
 
 def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> Callable[[], None] | None:
     """See kept_alive. Returns what undoes it."""
-    if any(other != (parent, name) for other in inode.names()) or inode.kept_name or (inode.lower_links > 0 and inode.index_name):
+    if inode.has_other_name(parent, name) or inode.kept_name or (inode.lower_links > 0 and inode.index_name):
         return None
     if inode.lower_links > 0:
         _keep_name(view, inode, parent, name)
@@ -358,10 +333,12 @@ def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> Callable[
         inode.pins += 1
     elif inode.pin >= 0:
         return None
-    elif view.can_pin():
-        view.table.pin(inode, view.upper.pin(view.upper_fd(parent), name))
-    else:
+    elif not view.can_pin():
         _keep_name(view, inode, parent, name)
+    elif inode.fd >= 0 and inode.metacopy is None:
+        view.table.pin(inode, inode.fd)
+    else:
+        view.table.pin(inode, view.upper.pin(view.upper_fd(parent), name))
     return partial(_let_go, view, inode)
 
 
@@ -392,7 +369,7 @@ def dropped(view: View, inode: Inode, parent: Directory, name: bytes, *, was_low
     if was_lower_name:
         lower_name_gone(view, inode)
     if isinstance(inode, Directory):
-        inode.listing = Listing([])
+        inode.listing = Listing()
         view.links_changed(inode)
     if parent.listing is not None:
         parent.listing.remove(name)
@@ -458,27 +435,27 @@ def has_visible_lower(view: View, parent: Directory, name: bytes) -> bool:
     return view.find_lower(parent, name) is not None
 
 
-def _adopted(view: View, parent: Directory, name: bytes, fd: int = -1) -> tuple[Inode, Stat]:
-    """Take note of what was just made. fd: where it is open."""
-    with _taken_back_on_failure(view, parent, name):
+def _look_at_new(view: View, parent: Directory, name: bytes, fd: int) -> Stat:
+    """The attributes of what was just made, and is open there unless -1."""
+    try:
         st = view.upper.fstat(fd) if fd >= 0 else view.upper.stat(view.upper_fd(parent), name)
         if st is None:
             raise failure(errno.ESTALE)
-    return view.adopt(parent, name, st), st
-
-
-@contextmanager
-def _taken_back_on_failure(view: View, parent: Directory, name: bytes) -> Iterator[None]:
-    """What was made under a name goes again if it cannot be looked at: its caller is told that there is nothing."""
-    try:
-        yield
     except OSError:
-        with tolerated("a name that could not be looked at stays in the upper"):
-            if has_lower(view, parent, name):
-                exchange_for_whiteout(view, parent, name)
-            else:
-                remove_tree(view.upper.calls, view.upper_fd(parent), name)
+        if fd >= 0:
+            os.close(fd)
+        _take_back(view, parent, name)
         raise
+    return st
+
+
+def _take_back(view: View, parent: Directory, name: bytes) -> None:
+    """What was made under a name goes again if it cannot be looked at: its caller is told that there is nothing."""
+    with tolerated("a name that could not be looked at stays in the upper"):
+        if has_lower(view, parent, name):
+            exchange_for_whiteout(view, parent, name)
+        else:
+            remove_tree(view.upper.calls, view.upper_fd(parent), name)
 
 
 def _require_whiteout(view: View, parent: Directory, name: bytes) -> None:
@@ -489,25 +466,48 @@ def _require_whiteout(view: View, parent: Directory, name: bytes) -> None:
         raise failure(errno.EEXIST)
 
 
-def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool = False) -> bool:
-    """Build something under a new name: in its place, or, where a whiteout is, in the work directory and then over that. Returns
-    whether it is opaque.
+def _make(
+    view: View, parent: Directory, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b""
+) -> tuple[Inode, Stat]:
+    """Make something under a new name: in its place, by one call, or, where a whiteout is, in the work directory and then over that.
+    A regular file is then open. EEXIST.
     """
+    upper = view.upper
     _require_absent(view, parent, name)
     open_for_change(view, parent)
-    replace_aufs_whiteout(view, parent, name)
-    upper, dirfd = view.upper, view.upper_fd(parent)
+    if upper.reads_aufs:
+        replace_aufs_whiteout(view, parent, name)
+    dirfd, st, is_opaque = view.upper_fd(parent), None, False
     upper.is_dirty = True
     try:
-        _build(view, parent, name, caller, build)
+        if upper.override is None:
+            fd, st = upper.calls.make(dirfd, name, mode, caller, rdev, target)
+        elif upper.stat(dirfd, name) is None:  # takes two calls, so nobody may see it after the first
+            fd = _make_aside(view, parent, name, partial(upper.calls.make, mode=mode, caller=caller, rdev=rdev, target=target))
+        else:
+            raise failure(errno.EEXIST)
     except FileExistsError:
         _require_whiteout(view, parent, name)
-        _add_over_whiteout(view, parent, name, caller, build, is_directory=is_directory)
-        return is_directory
-    if not is_directory or not parent.lowers or view.policy.redirect_dir is not RedirectDir.ON:
-        return False
-    # Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below.
-    # That saves time and nothing else, and the directory is there already, so it may fail.
+        is_opaque = stat.S_ISDIR(mode)
+        build = partial(upper.calls.make, mode=mode, caller=caller, rdev=rdev, target=target)
+        fd = _make_aside(view, parent, name, build, is_opaque=is_opaque)
+    else:
+        if parent.lowers and stat.S_ISDIR(mode) and view.policy.redirect_dir is RedirectDir.ON:
+            is_opaque, st = _mark_new_directory(upper, dirfd, name), None
+    if st is None:
+        st = _look_at_new(view, parent, name, fd)
+    inode = view.adopt(parent, name, st)
+    if fd >= 0:
+        view.set_data_fd(inode, fd, is_writable=True)
+    if isinstance(inode, Directory):
+        inode.is_opaque = is_opaque
+    return inode, st
+
+
+def _mark_new_directory(upper: Upper, dirfd: int, name: bytes) -> bool:
+    """Where redirects are written the kernel marks a new directory in a merged one (ovl_create_upper): a later look-up need not go below.
+    That saves time and nothing else, and the directory is there already, so it may fail: returns whether it did not.
+    """
     try:
         upper.set_mark(dirfd, name, marks.OPAQUE, b"y")
     except OSError:
@@ -515,36 +515,30 @@ def _add(view: View, parent: Directory, name: bytes, caller: Caller, build: Buil
     return True
 
 
-def _build(view: View, parent: Directory, name: bytes, caller: Caller, build: Build) -> None:
-    """Build something in its place, in one call; in the work directory, where it takes two. EEXIST."""
-    upper, dirfd = view.upper, view.upper_fd(parent)
-    if upper.override is None:
-        with upper.as_caller(*caller):
-            build(dirfd, name)
-        return
-    if upper.stat(dirfd, name) is not None:
-        raise failure(errno.EEXIST)
-    with _nursery(view, parent) as (nursery, temporary):
-        with upper.as_caller(*caller):
-            build(nursery, temporary)
-        upper.calls.rename(nursery, temporary, dirfd, name)
-
-
-def _add_over_whiteout(view: View, parent: Directory, name: bytes, caller: Caller, build: Build, *, is_directory: bool) -> None:
+def _make_aside(view: View, parent: Directory, name: bytes, build: Build, *, is_opaque: bool = False) -> int:
+    """Make something in the work directory and rename it to its place; a directory that hides what a whiteout hid, over that. Returns the
+    descriptor that `Calls.make` gave.
+    """
     upper = view.upper
     with _nursery(view, parent) as (nursery, temporary):
-        with upper.as_caller(*caller):
-            build(nursery, temporary)
+        fd, _ = build(nursery, temporary)
         dirfd = view.upper_fd(parent)
-        if not is_directory:
-            upper.calls.rename(nursery, temporary, dirfd, name)
-            return
-        upper.set_mark(nursery, temporary, marks.OPAQUE, b"y")
-        upper.move(nursery, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
         try:
-            upper.calls.unlink(temporary, nursery)  # the whiteout
+            if is_opaque:
+                upper.set_mark(nursery, temporary, marks.OPAQUE, b"y")
+                upper.move(nursery, temporary, dirfd, name, syscalls.RENAME_EXCHANGE)
+            else:
+                upper.calls.rename(nursery, temporary, dirfd, name)
         except OSError:
-            upper.discard(temporary)  # the directory is in its place: nothing failed for the caller
+            if fd >= 0:
+                os.close(fd)
+            raise
+        if is_opaque:
+            try:
+                upper.calls.unlink(temporary, nursery)  # the whiteout
+            except OSError:
+                upper.discard(temporary)  # the directory is in its place: nothing failed for the caller
+    return fd
 
 
 @contextmanager

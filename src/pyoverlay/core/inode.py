@@ -20,7 +20,7 @@ import logging
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pyoverlay.core.layer import Held, LowerDir
@@ -120,6 +120,10 @@ class Inode(Held):
     def has_name(self, parent: Directory, name: bytes) -> bool:
         return (self.parent is parent and self.name == name) or (self.links is not None and (parent, name) in self.links)
 
+    def has_other_name(self, parent: Directory, name: bytes) -> bool:
+        """Is a name known that is not this one?"""
+        return bool(self.links) or (self.parent is not None and (self.parent is not parent or self.name != name))
+
     def add_name(self, parent: Directory, name: bytes) -> None:
         """Another name, or the first."""
         if self.parent is None:
@@ -155,11 +159,11 @@ class Listing:
 
     __slots__ = ("_names", "_next", "_offsets", "_order")
 
-    def __init__(self, names: list[bytes]) -> None:
-        self._order: list[bytes | None] = list(names)
-        self._offsets = array("Q", range(3, 3 + len(names)))
-        self._names = dict(zip(names, self._offsets, strict=True))
+    def __init__(self, names: Sequence[bytes] = ()) -> None:
         self._next = 3 + len(names)
+        self._order: list[bytes | None] = list(names)
+        self._offsets = array("Q", range(3, self._next)) if names else array("Q")
+        self._names = dict(zip(names, self._offsets, strict=True)) if names else {}
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._names
@@ -302,16 +306,23 @@ class InodeTable:
         if self._strays:
             self._drop_stray(inode)
         self.unpin(inode)
-        for name in inode.names():
-            inode.remove_name(*name)
+        while inode.parent is not None:
+            inode.remove_name(inode.parent, inode.name)
 
     def pin(self, inode: Inode, fd: int) -> None:
-        """Keep the object behind this descriptor, now the inode's, for as long as the kernel knows it."""
+        """Keep the object behind this descriptor, now the inode's, for as long as the kernel knows it. It may be the one of its data."""
         inode.pin = fd
+        if fd == inode.fd:
+            inode.pins += 1
         self.pinned += 1
 
     def unpin(self, inode: Inode) -> None:
-        if inode.pin >= 0:
+        """Before its data descriptor is closed."""
+        if inode.pin < 0:
+            return
+        if inode.pin == inode.fd:
+            inode.pins -= 1
+        else:
             os.close(inode.pin)
-            inode.pin = -1
-            self.pinned -= 1
+        inode.pin = -1
+        self.pinned -= 1

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pyoverlay.core.calls import Calls, proc_path
+from pyoverlay.core.calls import Caller, Calls, proc_path
 from pyoverlay.core.syscalls import Stat
 
 _REST = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
@@ -79,12 +79,12 @@ class OverridingCalls(Calls):
 
     def __init__(self, attribute: bytes) -> None:
         self._attribute = attribute
-        self._maker: tuple[int, int, int] | None = None
+        self._maker: Caller | None = None
 
     @contextmanager
-    def made_for(self, uid: int, gid: int, umask: int) -> Iterator[None]:
-        """What is made inside belongs to them, or its group to a directory that passes it on."""
-        self._maker = uid, gid, umask
+    def as_caller(self, caller: Caller) -> Iterator[None]:
+        """What is made inside belongs to the caller, or its group to a directory that passes it on."""
+        self._maker = caller
         try:
             yield
         finally:

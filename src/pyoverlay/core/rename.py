@@ -222,7 +222,7 @@ def _empty(view: View, directory: Directory, entry: Entry) -> None:
 def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -> None:
     inode.remove_name(entry.parent, entry.name)
     if isinstance(inode, Directory):
-        inode.listing = Listing([])
+        inode.listing = Listing()
         view.links_changed(inode)
     elif was_lower_name:
         lower_name_gone(view, inode)

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyoverlay.core import marks, overrides, syscalls
+from pyoverlay.core import marks
 from pyoverlay.core.calls import Calls, Order, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Layer, require_regular, tolerated
 from pyoverlay.core.policy import Fsync
@@ -36,7 +36,6 @@ class Upper(Layer):
         self.is_dirty = False
         self.keeps_order = False  # its journal keeps a rename behind the extents written before it
         self._noatime = 0  # what lies in the upper belongs to the merged view: its atime moves as on any file system
-        self._ids = (os.geteuid(), os.getegid())
         self.obeys_modes = os.geteuid() != 0
         self._temporary = itertools.count(1)
         self.takes_devices = True
@@ -181,26 +180,6 @@ class Upper(Layer):
     def temporary(self) -> bytes:
         """A name in the work directory that nobody has, spelled as the kernel spells its own (ovl_tempname), which clears them too."""
         return b"#%x" % next(self._temporary)
-
-    @contextmanager
-    def as_caller(self, uid: int, gid: int, umask: int) -> Iterator[None]:
-        """What is made inside belongs to the caller from its first moment, and the caller's umask applies unless a default ACL does."""
-        if isinstance(self.calls, overrides.OverridingCalls):
-            with self.calls.made_for(uid, gid, umask):
-                yield
-            return
-        old = os.umask(umask)
-        try:
-            if (uid, gid) == self._ids:
-                yield
-                return
-            try:
-                syscalls.setfsids(uid, gid)
-                yield
-            finally:
-                syscalls.setfsids(*self._ids)
-        finally:
-            os.umask(old)
 
     # -- marks and whiteouts
 

@@ -99,11 +99,11 @@ class View:
 
     def close(self) -> None:
         """Let go of every layer, so that their file systems can be unmounted."""
-        self.cache.close_all()
         for inode in self.table.by_ino.values():
             self.table.unpin(inode)
             if inode.kept_name:
                 self.upper.discard(inode.kept_name)
+        self.cache.close_all()
         if self.index is not None:
             self.index.close()
         self.origins.close()
@@ -151,9 +151,10 @@ class View:
                 return
             if inode.in_upper and inode.lower_links > 0 and not inode.index_name:
                 return
-            parents = [parent for parent, _ in inode.names()]
+            above, others = inode.parent, list(inode.links) if inode.links else []
             if self.before_drop is not None:
                 self.before_drop(inode)
+            self.table.unpin(inode)
             self.cache.close(inode)
             if isinstance(inode, Directory):
                 for lower in inode.lowers:
@@ -161,11 +162,11 @@ class View:
             if inode.kept_name:
                 self.upper.discard(inode.kept_name)
             self.table.remove(inode)
-            for parent in parents[1:]:
+            for parent, _ in others:
                 self.release(parent)
-            if not parents:
+            if above is None:
                 return
-            inode = parents[0]
+            inode = above
 
     # -- descriptors
 
@@ -495,7 +496,7 @@ class View:
         if stat.S_ISDIR(st.st_mode):
             directory = Directory(ino, ())
             directory.is_impure = False
-            directory.listing = Listing([])
+            directory.listing = Listing()
             inode: Inode = directory
         else:
             inode = Inode(ino, st.st_mode)

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core import rename as renaming
-from pyoverlay.core.calls import Order
-from pyoverlay.core.change import Caller
+from pyoverlay.core.calls import Caller, Order
 from pyoverlay.core.copyup_at_once import copy_up_at_once
 from pyoverlay.core.copyup_directory import copy_up_directory
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode

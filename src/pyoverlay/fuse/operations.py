@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from pyoverlay.core import attributes, copyup
-from pyoverlay.core.change import Caller
+from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Inode
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.view import View

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pyoverlay.core import attributes, syscalls
-from pyoverlay.core.change import Caller
+from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
 from pyoverlay.core.policy import Fsync, Override
