@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from pyoverlay import registry
+from pyoverlay.cli.ps import command as list_mounts
+from pyoverlay.core.policy import Policy
+from pyoverlay.report import ps
+from pyoverlay.report.mounts import Mount, State
+from pyoverlay.report.sizes import Usage, usage
 from pyoverlay.testing import Overlay, OverlayFactory, make_tree
 from pyoverlay.testing.mounts import command, wait_for_end
 from tests.integration.unprivileged import as_user
@@ -169,6 +178,48 @@ def test_ps_by_size_of_a_layer_that_is_gone_says_so(mounted: Overlay, tmp_path: 
     (tmp_path / "elsewhere").rename(mounted.writable)
     assert (result.returncode, result.stdout) == (1, "\n")
     assert result.stderr == f"pyoverlay: {mounted.writable}: cannot be measured (No such file or directory)\n"
+
+
+def test_ps_by_size_leaves_out_what_ends_while_it_is_measured(
+    mounted: Overlay, overlay: OverlayFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was listed, and its layers had gone with it when they were looked at: an error, and exit status 1."""
+    other = overlay({"f": "lower"})
+    measure = ps.Sizes.of
+
+    def of(sizes: ps.Sizes, mount: Mount) -> ps.Size:
+        if mount.record.merged == os.fsencode(mounted.merged):
+            mounted.umount()
+            shutil.rmtree(mounted.writable)
+        return measure(sizes, mount)
+
+    monkeypatch.setattr(ps.Sizes, "of", of)
+    result = CliRunner().invoke(list_mounts, ["-s", "--no-trunc", "--format", "{{.Merged}} {{.Size}}"])
+    assert (result.exit_code, result.output) == (0, f"{other.merged} 0B (virtual 5B)\n")
+
+
+def test_a_lower_is_measured_once_and_known_by_what_it_is(overlay: OverlayFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by its path: several lead to it, and one that held another directory before leads elsewhere now."""
+    made = overlay({"f": "lower"})
+    link = tmp_path / "link"
+    link.symlink_to(made.lower)
+    (record,) = registry.live()
+    through = replace(record, lowers=(os.fsencode(link),))
+    measured: list[bytes] = []
+
+    def measure(layer: bytes, policy: Policy, masked: frozenset[tuple[int, int]]) -> Usage:
+        measured.append(layer)
+        return usage(layer, policy, masked)
+
+    monkeypatch.setattr(ps, "usage", measure)
+    sizes = ps.Sizes()
+    assert [sizes.of(Mount(each, State.UP)).virtual for each in (record, through)] == [5, 5]
+    assert measured.count(record.lowers[0]) == 1
+    assert through.lowers[0] not in measured
+    link.unlink()
+    link.mkdir()
+    (link / "g").write_text("another")
+    assert sizes.of(Mount(through, State.UP)).virtual == 7
 
 
 # ── inspect ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from tests.unit.merged import POLICY, Faulty, Stack, timeless
 from tests.unit.wired import WiredFaulty
 
 CHANGING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EROFS)
-READING_ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE)
+READING_ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.EACCES)
 
 
 def failure(code: int) -> OSError:
@@ -136,33 +136,51 @@ def reading(at: int, code: int) -> Iterator[FaultyReading]:
 LATE = ("chmod", "chown", "utime", "truncate", "growth", "emptying")
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("stride", [pytest.param(4, id="every fourth"), pytest.param(1, id="all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_a_failing_read_leaves_the_tree_as_it_was(stack: StackFactory, name: str, stride: int) -> None:
-    case = RUNNABLE[name]
+def reads_of(stack: StackFactory, case: Case) -> list[str]:
     one = prepared(stack, case, None)
     with reading(0, 0) as counted:
         case.act(one.merged)
-    for at in range(len(counted.made), 0, -stride):
-        call = counted.made[at - 1]
-        code = READING_ERRORS[at % len(READING_ERRORS)]
-        one = prepared(stack, case, None)
-        before, descriptors = one.disk_tree(), open_descriptors(one)
-        try:
-            with reading(at, code):
-                case.act(one.merged)
-        except OSError as error:
-            assert error.errno == code
-            after = one.disk_tree()
-            assert timeless(one.merged.tree()) == after, f"{call}, {at} of {counted.made}: the live view"
-            if after == before:
-                assert open_descriptors(one) == descriptors
-                case.act(one.merged)
-            else:
-                # It is done, and only what the answer says of it could not be read. Making a name is taken back then.
-                assert name.startswith(LATE), f"{call}, {at} of {counted.made}"
-                assert at == len(counted.made)
-        assert timeless(one.merged.tree()) == one.disk_tree(), f"{call}, {at} of {counted.made}: the live view of the new state"
-        assert one.work_names() == one.litter() == [], f"{call}, {at} of {counted.made}"
-        one.close()
+    return counted.made
+
+
+def fail_reading(stack: StackFactory, name: str, made: list[str], at: int, code: int) -> None:
+    case = RUNNABLE[name]
+    where = f"{made[at - 1]}, {at} of {made}"
+    one = prepared(stack, case, None)
+    before, descriptors = one.disk_tree(), open_descriptors(one)
+    try:
+        with reading(at, code):
+            case.act(one.merged)
+    except OSError as error:
+        assert error.errno == code
+        after = one.disk_tree()
+        assert timeless(one.merged.tree()) == after, f"{where}: the live view"
+        if after == before:
+            assert open_descriptors(one) == descriptors
+            case.act(one.merged)
+        else:
+            # It is done, and only what the answer says of it could not be read. Making a name is taken back then.
+            assert name.startswith(LATE), where
+            assert at == len(made)
+    assert timeless(one.merged.tree()) == one.disk_tree(), f"{where}: the live view of the new state"
+    assert one.work_names() == one.litter() == [], where
+    one.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_failing_read_leaves_the_tree_as_it_was(stack: StackFactory, name: str) -> None:
+    """Every fourth call; all of them, with each error, with --slow."""
+    made = reads_of(stack, RUNNABLE[name])
+    for turn, at in enumerate(range(len(made), 0, -4)):
+        fail_reading(stack, name, made, at, READING_ERRORS[turn % len(READING_ERRORS)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", READING_ERRORS, ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_read_that_fails_with_any_error_leaves_the_tree_as_it_was(stack: StackFactory, name: str, code: int) -> None:
+    made = reads_of(stack, RUNNABLE[name])
+    for at in range(1, len(made) + 1):
+        fail_reading(stack, name, made, at, code)

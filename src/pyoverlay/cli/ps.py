@@ -48,6 +48,8 @@ def command(
             click.echo(mount.record.merged)
         return 0
     sizes = _Measured(found) if with_size or (form is not None and ".Size" in form) else None
+    if sizes is not None:
+        found = [mount for mount in found if mount.record.id not in sizes.ended]
     if as_json:
         click.echo(json.dumps(_with_sizes(found, sizes), indent=4))
     else:
@@ -57,10 +59,11 @@ def command(
 
 
 class _Measured:
-    """Sizes by the mount's id; of a layer that cannot be read a line on stderr instead."""
+    """Sizes by the mount's id; of a layer that cannot be read a line on stderr instead. ended: mounts that are no longer there."""
 
     def __init__(self, found: Iterable[Mount]) -> None:
         self.by_id: dict[str, ps.Size] = {}
+        self.ended: set[str] = set()
         self.failed = 0
         sizes, unreadable = ps.Sizes(), 0
         for mount in found:
@@ -68,6 +71,9 @@ class _Measured:
                 size = self.by_id[mount.record.id] = sizes.of(mount)
                 unreadable += size.unreadable
             except OSError as error:
+                if not mounts.mounts(records=[mount.record]):
+                    self.ended.add(mount.record.id)
+                    continue
                 click.echo(f"pyoverlay: {printable(error.filename)}: cannot be measured ({error.strerror})", err=True)
                 self.failed = 1
         if unreadable:

@@ -49,23 +49,28 @@ class Size:
 
 
 class Sizes:
-    """Sizes of mounts; a lower that several of them share is counted once and remembered."""
+    """Sizes of mounts; a lower that several of them share is counted once and remembered, whatever paths lead to it."""
 
     def __init__(self) -> None:
-        self._lowers: dict[bytes, Usage] = {}
+        self._lowers: dict[tuple[int, int, frozenset[tuple[int, int]]], Usage] = {}
 
     def of(self, mount: Mount) -> Size:
         """Raises OSError with the layer's path as its filename."""
         record = mount.record
         empty = frozenset() if record.upper is None else masked(record.upper, record.work)
         upper = Usage() if record.upper is None else _usage(record.upper, record.policy, frozenset())
-        below = sum((self._lower(lower, record.policy, empty) for lower in (*record.lowers, *record.data_lowers)), Usage())
+        below = Usage()
+        for lower in (*record.lowers, *record.data_lowers):
+            is_around = record.upper is not None and record.upper.startswith(lower.rstrip(b"/") + b"/")
+            below += self._lower(lower, record.policy, empty if is_around else frozenset())
         return Size(upper.size, upper.size + below.size, upper.unreadable + below.unreadable)
 
     def _lower(self, lower: bytes, policy: Policy, empty: frozenset[tuple[int, int]]) -> Usage:
-        if lower not in self._lowers:
-            self._lowers[lower] = _usage(lower, policy, empty)
-        return self._lowers[lower]
+        st = os.stat(lower)
+        key = st.st_dev, st.st_ino, empty
+        if key not in self._lowers:
+            self._lowers[key] = _usage(lower, policy, empty)
+        return self._lowers[key]
 
 
 def _usage(layer: bytes, policy: Policy, empty: frozenset[tuple[int, int]]) -> Usage:
