@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
@@ -131,20 +130,17 @@ def test_a_later_option_wins_also_in_another_string() -> None:
     assert parse(["ro,lowerdir=/a", "rw,lowerdir=/b"]) == Options(lowers=(b"/b",), given=("ro", "lowerdir=/a", "rw", "lowerdir=/b"))
 
 
-def test_500_layers_in_megabytes_of_options_are_read_at_once() -> None:
+def test_500_layers_in_megabytes_of_options_are_read() -> None:
+    """Reading whose steps grew with the square of that would not end before the test's time limit: here, and below."""
     layers = [f"/{number}{'x' * 4000}" for number in range(500)]
     string = "lowerdir=" + ":".join(layers) + ",x-comment=" + "y" * 2_000_000 + r",upperdir=/a\,b"
-    begin = time.process_time()
     options = parse([string])
-    assert time.process_time() - begin < 0.5
     assert options.lowers == tuple(map(os.fsencode, layers))
     assert options.upper == b"/a,b"
 
 
-def test_a_backslash_in_front_of_everything_costs_no_more() -> None:
-    begin = time.process_time()
+def test_a_backslash_in_front_of_everything_is_read_too() -> None:
     assert parse(["lowerdir=" + r"\a" * 500_000]).lowers == (b"a" * 500_000,)
-    assert time.process_time() - begin < 1.0
 
 
 # ── what they mean ──────────────────────────────────────────────────────────────────────────────────────────────────────────
