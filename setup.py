@@ -4,7 +4,7 @@ from setuptools import Extension, setup
 
 wire = Extension(
     "pyoverlay.fuse._wire",
-    [f"src/pyoverlay/fuse/{name}.c" for name in ("_wire", "_lane", "_direct", "_attributes", "_notify", "_calls", "_copy_up")],
+    [f"src/pyoverlay/fuse/{name}.c" for name in ("_wire", "_lane", "_direct", "_attributes", "_notify", "_calls", "_copy_up", "_make")],
     depends=[f"src/pyoverlay/fuse/{name}.h" for name in ("_protocol", "_lane", "_direct", "_notify", "_calls")],
     define_macros=[("Py_LIMITED_API", "0x030b0000")],
     extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"],

@@ -212,7 +212,7 @@ DURABLE = {
     "mkdir_and_fsync_of_the_directory": Case(steps(lambda m: m.mkdir("directory/new"), lambda m: m.fsync("directory"))),
 }
 
-# Those in which a small plain file is copied up, which the extension does in one call.
+# What the extension does in one call. Those in which a small plain file is copied up.
 COPIES = (
     "write_to_a_lower_file", "chmod_of_a_lower_file", "chown_of_a_lower_file", "truncate_of_a_lower_file", "emptying_of_a_lower_file",
     "growth_of_a_lower_file", "setxattr_of_a_lower_file", "removexattr_of_a_lower_file", "link_of_a_lower_file", "link_over_a_whiteout",
@@ -220,6 +220,9 @@ COPIES = (
     "rename_of_a_lower_file_over_a_whiteout", "exchange_of_two_lower_files", "exchange_of_an_upper_and_a_lower_file",
     "exchange_of_a_file_and_an_upper_directory",
 )  # fmt: skip
+# Those in which something is made for a caller.
+MAKINGS = tuple(name for name in CASES if name.startswith(("create", "mkdir", "symlink", "mkfifo")))
+AT_ONCE = (*COPIES, *MAKINGS)
 
 RUNNABLE = {name: case for name, case in CASES.items() if IS_ROOT or not (case.is_redirect or case.metacopy or case.index)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyoverlay.testing import Directory, Symlink, Tree, Whiteout, make_tree
-from tests.crash.cases import COPIES, RUNNABLE, WITHOUT_DEVICES
+from tests.crash.cases import AT_ONCE, RUNNABLE, WITHOUT_DEVICES
 from tests.crash.images import mounted_image
 from tests.crash.judges import Bed, difference
 from tests.crash.victim import MOUNT, Victims
@@ -31,7 +31,7 @@ def test_killed_at_any_call_the_tree_is_the_old_or_the_new_one(victims: Victims,
 
 @pytest.mark.root
 @pytest.mark.wire
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_killed_within_one_call_of_the_extension_the_tree_is_the_old_or_the_new_one(victims: Victims, bed: Bed, name: str) -> None:
     assert_old_or_new(victims, bed, name, WiredFaulty)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pyoverlay.core.policy import Fsync
-from tests.crash.cases import COPIES, DURABLE, RUNNABLE
+from tests.crash.cases import AT_ONCE, DURABLE, RUNNABLE
 from tests.crash.images import Image, mounted_image
 from tests.crash.judges import Bed, difference
 from tests.crash.victim import Victims
@@ -87,7 +87,7 @@ def test_after_a_power_cut_at_any_call_the_tree_is_the_old_or_the_new_one(victim
 
 @pytest.mark.wire
 @KINDS
-@pytest.mark.parametrize("name", [COPIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in COPIES[1:])])
+@pytest.mark.parametrize("name", [AT_ONCE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in AT_ONCE[1:])])
 def test_after_a_power_cut_within_one_call_of_the_extension_too(victims: Victims, bed: ImageBed, name: str) -> None:
     assert_old_or_new(victims, bed, name, range(1, 100), WiredFaulty)
 

@@ -12,6 +12,8 @@ import pytest
 from pyoverlay.core import change, copyup, syscalls
 from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Directory as MergedDirectory
+from pyoverlay.fuse.binding import wire
+from pyoverlay.fuse.wired_calls import WiredCalls
 from pyoverlay.testing import Directory, Fifo, HardLink, Symlink, Tree, Whiteout, is_whiteout, snapshot
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import IS_ROOT, Faulty, Merged, Stack, mark, timeless
@@ -301,10 +303,24 @@ def test_a_file_that_lost_its_name_during_its_copy_up_is_there_for_its_other_nam
 # -- who owns what is made
 
 
+@pytest.fixture(params=[pytest.param(False, id="single calls"), pytest.param(True, id="the extension", marks=pytest.mark.wire)])
+def making(stack: StackFactory, request: pytest.FixtureRequest) -> StackFactory:
+    """As `stack`, with things made in both ways."""
+
+    def make(lower: Tree) -> Stack:
+        one = stack(lower)
+        if request.param:
+            assert wire is not None
+            one.merged.view.upper.calls = WiredCalls(wire)
+        return one
+
+    return make
+
+
 @pytest.mark.parametrize("place", ["new", "file"], ids=["in its place", "over a whiteout"])
 @pytest.mark.parametrize("maker", ["create", "mkdir", "mkfifo"])
-def test_the_caller_s_umask_applies(stack: StackFactory, place: str, maker: str) -> None:
-    one = stack(LOWER)
+def test_the_caller_s_umask_applies(making: StackFactory, place: str, maker: str) -> None:
+    one = making(LOWER)
     one.merged.unlink("file")
     old = os.umask(0o002)
     try:
@@ -322,8 +338,8 @@ def test_the_caller_s_umask_applies(stack: StackFactory, place: str, maker: str)
 
 
 @pytest.mark.parametrize("place", ["directory/new", "directory/inside"], ids=["in its place", "over a whiteout"])
-def test_in_a_directory_with_a_default_acl_that_applies_and_the_umask_does_not(stack: StackFactory, place: str) -> None:
-    one = stack(LOWER)
+def test_in_a_directory_with_a_default_acl_that_applies_and_the_umask_does_not(making: StackFactory, place: str) -> None:
+    one = making(LOWER)
     one.merged.unlink("directory/inside")
     one.merged.setxattr("directory", "system.posix_acl_default", DEFAULT_ACL)
     one.merged.caller = Caller(os.geteuid(), os.getegid(), 0o077)
@@ -336,8 +352,8 @@ def test_in_a_directory_with_a_default_acl_that_applies_and_the_umask_does_not(s
 
 @pytest.mark.root
 @pytest.mark.parametrize("place", ["group/new", "group/gone"], ids=["in its place", "over a whiteout"])
-def test_in_a_setgid_directory_what_is_made_belongs_to_its_group(stack: StackFactory, place: str) -> None:
-    one = stack({"group": Directory({"gone": "x"}, 0o2775, gid=2000)})
+def test_in_a_setgid_directory_what_is_made_belongs_to_its_group(making: StackFactory, place: str) -> None:
+    one = making({"group": Directory({"gone": "x"}, 0o2775, gid=2000)})
     one.merged.unlink("group/gone")
     one.merged.create(place)
     assert one.merged.stat(place).st_gid == 2000
@@ -349,8 +365,8 @@ def test_in_a_setgid_directory_what_is_made_belongs_to_its_group(stack: StackFac
 
 @pytest.mark.root
 @pytest.mark.parametrize("place", ["new", "file"], ids=["in its place", "over a whiteout"])
-def test_what_is_made_for_another_user_belongs_to_that_user_and_we_stay_who_we_are(stack: StackFactory, place: str) -> None:
-    one = stack(LOWER)
+def test_what_is_made_for_another_user_belongs_to_that_user_and_we_stay_who_we_are(making: StackFactory, place: str) -> None:
+    one = making(LOWER)
     os.chmod(one.upper, 0o777)
     one.merged.unlink("file")
     one.merged.caller = Caller(1000, 2000, 0o022)
@@ -369,9 +385,9 @@ def test_what_is_made_for_another_user_belongs_to_that_user_and_we_stay_who_we_a
 
 @pytest.mark.root
 @pytest.mark.parametrize("is_dumpable", [True, False])
-def test_making_something_for_another_user_changes_nothing_about_who_may_look_at_us(stack: StackFactory, is_dumpable: bool) -> None:
+def test_making_something_for_another_user_changes_nothing_about_who_may_look_at_us(making: StackFactory, is_dumpable: bool) -> None:
     """The kernel sets PR_SET_DUMPABLE anew when fsuid changes, and /proc/PID of a process without it belongs to root."""
-    one = stack(LOWER)
+    one = making(LOWER)
     one.merged.caller = Caller(1000, 2000, 0o022)
 
     def create() -> None:
@@ -399,8 +415,8 @@ def errno_in_a_child(act: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_caller_that_we_cannot_be_is_refused_and_we_stay_who_we_are(stack: StackFactory) -> None:
-    one = stack(LOWER)
+def test_a_caller_that_we_cannot_be_is_refused_and_we_stay_who_we_are(making: StackFactory) -> None:
+    one = making(LOWER)
     os.chmod(one.upper, 0o777)
 
     def create() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pyoverlay.core import change, copyup, copyup_directory, index, layer, merge, metacopy, origins, reads, rename, upper, view
-from tests.crash.cases import BELOW, CASES, COPIES, LOWER, RUNNABLE, Case
+from tests.crash.cases import AT_ONCE, BELOW, CASES, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Faulty, Stack, timeless
 from tests.unit.wired import WiredFaulty
@@ -93,7 +93,7 @@ def test_a_change_that_fails_with_any_error_leaves_the_tree_as_it_was(stack: Sta
 
 
 @pytest.mark.wire
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_a_change_that_fails_within_one_call_of_the_extension_leaves_the_tree_as_it_was(stack: StackFactory, name: str) -> None:
     counted = calls_of(stack, CASES[name], WiredFaulty)
     assert isinstance(counted, WiredFaulty)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from pyoverlay.core.calls import Copied, PlainFile
+from pyoverlay.core.calls import Caller, Copied, PlainFile
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.fuse.binding import wire
 from pyoverlay.fuse.wired_calls import WiredCalls
 from tests.unit.merged import Faulty
@@ -21,6 +22,11 @@ class WiredFaulty(Faulty, WiredCalls):
         assert wire is not None
         self.at_once = 0
         WiredCalls.__init__(self, wire)
+
+    def make(
+        self, dirfd: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b""
+    ) -> tuple[int, Stat | None]:
+        return self._watched(super().make, dirfd, name, mode, caller, rdev, target)
 
     def copy_up_file(self, file: PlainFile) -> Copied | None:
         return self._watched(super().copy_up_file, file)

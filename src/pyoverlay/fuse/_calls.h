@@ -16,5 +16,6 @@ bool may_call(const char *name);
 
 PyObject *watch_calls(PyObject *self, PyObject *watch);
 PyObject *copy_up_file(PyObject *self, PyObject *args);
+PyObject *make_for_caller(PyObject *self, PyObject *args);
 
 #endif

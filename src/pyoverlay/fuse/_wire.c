@@ -672,6 +672,7 @@ static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "notify_prune", notify_prune, METH_O, NULL },
 	{ "watch_calls", watch_calls, METH_O, NULL },
 	{ "copy_up_file", copy_up_file, METH_VARARGS, NULL },
+	{ "make", make_for_caller, METH_VARARGS, NULL },
 	{ NULL, NULL, 0, NULL },
 };
 

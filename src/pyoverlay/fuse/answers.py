@@ -218,17 +218,24 @@ class Answers:
 
     # -- names
 
+    def _made(self, parent: Directory, inode: Inode, st: Stat) -> Shown:
+        """As looked up, of what was just made there."""
+        return self._looked_up(inode, st)
+
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Shown:
-        return self._looked_up(*change.mknod(self.view, self.view.directory(parent), name, mode, rdev, caller))
+        directory = self.view.directory(parent)
+        return self._made(directory, *change.mknod(self.view, directory, name, mode, rdev, caller))
 
     def create(self, parent: int, name: bytes, mode: int, caller: Caller) -> Shown:
-        return self._looked_up(*change.create(self.view, self.view.directory(parent), name, mode, caller))
+        directory = self.view.directory(parent)
+        return self._made(directory, *change.create(self.view, directory, name, mode, caller))
 
     def tmpfile(self, parent: int, mode: int, caller: Caller) -> Shown:
         return self._looked_up(*change.tmpfile(self.view, self.view.directory(parent), mode, caller))
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Shown:
-        return self._looked_up(*change.mkdir(self.view, self.view.directory(parent), name, mode, caller))
+        directory = self.view.directory(parent)
+        return self._made(directory, *change.mkdir(self.view, directory, name, mode, caller))
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Shown:
         return self._looked_up(*change.symlink(self.view, self.view.directory(parent), name, target, caller))

@@ -52,6 +52,9 @@ class Wire(Protocol):
     def watch_calls(self, watch: Callable[[str], int] | None, /) -> None: ...
     @property
     def copy_up_file(self) -> Callable[..., tuple[int, int, bool, bool, int] | None]: ...
+    def make(
+        self, dirfd: int, name: bytes, mode: int, caller: tuple[int, int, int], rdev: int, target: bytes, /
+    ) -> tuple[int, None]: ...
 
 
 def _load_wire() -> tuple[Wire | None, str]:

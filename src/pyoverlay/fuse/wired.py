@@ -11,17 +11,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
 from pyoverlay.core import attributes, syscalls
-from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
 from pyoverlay.core.policy import Fsync, Override
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View, failure
 from pyoverlay.fuse import direct, opcodes
 from pyoverlay.fuse.answers import Answers, NotAtOnce, Shown
@@ -120,19 +119,11 @@ class WiredAnswers(Answers):
         self._wire.no_xattr(ino, False)
         super().setxattr(ino, name, value, flags, uid, gid)
 
-    def _made(self, parent: int, shown: Shown) -> Shown:
+    def _made(self, parent: Directory, inode: Inode, st: Stat) -> Shown:
         """A new object has no ACL, unless its directory gives it one."""
-        if not self.view.has_default_acl(self.view.directory(parent)):
-            self._wire.no_xattr(shown[0], True)
-        return shown
-
-    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Shown:
-        if stat.S_ISREG(mode):
-            return self._made(parent, self.create(parent, name, mode, caller))
-        return self._made(parent, super().mknod(parent, name, mode, rdev, caller))
-
-    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Shown:
-        return self._made(parent, super().mkdir(parent, name, mode, caller))
+        if not self.view.has_default_acl(parent):
+            self._wire.no_xattr(inode.ino, True)
+        return self._looked_up(inode, st)
 
 
 class WiredOperations(Operations):

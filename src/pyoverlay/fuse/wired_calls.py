@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pyoverlay.core.calls import Calls, Copied, PlainFile
+from pyoverlay.core.calls import Caller, Calls, Copied, PlainFile
 from pyoverlay.core.policy import Override, Policy
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.fuse.binding import Wire
 
 
@@ -14,6 +15,11 @@ class WiredCalls(Calls):
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
+
+    def make(
+        self, dirfd: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b""
+    ) -> tuple[int, Stat | None]:
+        return self._wire.make(dirfd, name, mode, caller, rdev, target)
 
     def copy_up_file(self, file: PlainFile) -> Copied | None:
         copied = self._wire.copy_up_file(*file)
