@@ -29,7 +29,10 @@ _OPEN_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _PATH_MAX = 4096
 CAPABILITY = b"security.capability"  # file capabilities, capabilities(7)
-_MEMORY_FILESYSTEMS = (0x01021994, 0x858458F6)  # TMPFS_MAGIC, RAMFS_MAGIC of <linux/magic.h>
+# Magic numbers of <linux/magic.h> and of the file systems' own sources.
+_MEMORY_FILESYSTEMS = (0x01021994, 0x858458F6)  # tmpfs, ramfs
+_DISK_FILESYSTEMS = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E, 0xE0F5E1E2, 0x73717368)
+"""ext2 to ext4, xfs, btrfs, f2fs, bcachefs, erofs, squashfs."""
 
 
 class Held:
@@ -146,7 +149,8 @@ class Layer:
     """One directory tree, read only by type: there is no method here that changes anything.
 
     root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it
-    lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk.
+    lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk. is_disk:
+    it waits for a disk at most, and not for a server that may never answer.
     is_nosuid, is_nodev: its mount gives set-id bits and capabilities, or device nodes, no effect.
     """
 
@@ -155,7 +159,8 @@ class Layer:
         self.index = index
         self.fs = fs
         self.is_clone = is_clone
-        self.is_memory = syscalls.fstatfs_type(root_fd) in _MEMORY_FILESYSTEMS
+        kind = syscalls.fstatfs_type(root_fd)
+        self.is_memory, self.is_disk = kind in _MEMORY_FILESYSTEMS, kind in _DISK_FILESYSTEMS
         flags = os.fstatvfs(root_fd).f_flag
         self.is_nosuid, self.is_nodev = bool(flags & os.ST_NOSUID), bool(flags & os.ST_NODEV)
         self.mark_prefix = mark_prefix

@@ -224,13 +224,18 @@ class View:
         """May another inode hold a descriptor until FORGET?"""
         return self.table.pinned < self.pin_limit
 
+    def data_layer(self, inode: Inode) -> Layer | None:
+        """The layer in which a regular file's data lie; None: they have yet to be found."""
+        if inode.metacopy is not None:
+            return None if inode.metacopy.directory is None else inode.metacopy.directory.layer
+        if inode.in_upper:
+            return self.upper
+        return None if inode.lower_dir is None else inode.lower_dir.layer
+
     def is_memory(self, inode: Inode) -> bool:
         """Do the object's data lie in memory, so that reading them never waits?"""
-        if inode.metacopy is not None:
-            return inode.metacopy.directory is not None and inode.metacopy.directory.layer.is_memory
-        if inode.in_upper:
-            return self.upper.is_memory
-        return inode.lower_dir is not None and inode.lower_dir.layer.is_memory
+        layer = self.data_layer(inode)
+        return layer is not None and layer.is_memory
 
     def data_fd(self, inode: Inode, *, write: bool = False) -> int:
         """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none, or not the data.

@@ -1,14 +1,16 @@
 /* The lane: READ, WRITE, GETATTR, SETATTR and hopeless GETXATTR, answered without Python. See _lane.h for the lock.
  *
- * Nothing here may wait for a disk on the receiver's thread, since every other request waits behind it. So a READ is first tried with
- * RWF_NOWAIT, and what is not in the page cache goes to a few threads. A WRITE only waits where the kernel throttles the writer: it is
- * made at once until one was slow, and then by the threads for a while.
+ * Every other request waits behind the receiver's thread. So a READ is first tried with RWF_NOWAIT. What is not in the page cache a few
+ * threads read; but waking one costs about as much as a fast disk takes, so that the receiver waits for a disk itself where nobody else
+ * asks for anything, until that was slow once. A WRITE only waits where the kernel throttles the writer: it is made at once until one was
+ * slow, and then by the threads for a while.
  */
 #define _GNU_SOURCE
 #include "_lane.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -19,14 +21,14 @@
 #include <unistd.h>
 
 enum {
-	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, LISTS_NOTHING = 16,       /* struct node, flags */
+	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, LISTS_NOTHING = 16, ON_DISK = 32, /* struct node, flags */
 	DATA_AT = 4096,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
 	WRITE_KILL_SUIDGID = 4,
 	FSYNC_DATA_ONLY = 1,
 	THREADS = 4,
 	QUEUED_BYTES = 64 << 20,             /* of writes; past it the receiver writes itself, and so everybody is slowed down */
 };
-static const double SLOW_WRITE = 5e3, PRESSURE = 1e6;                  /* microseconds */
+static const double SLOW_WRITE = 5e3, SLOW_READ = 2e3, PRESSURE = 1e6;        /* microseconds */
 
 struct node {
 	uint64_t id;                         /* 0: an empty slot */
@@ -40,7 +42,7 @@ static struct node *table;                   /* open addressing, linear probing,
 static size_t slots, used;
 static bool any_written;
 static struct lane_counts counts;
-static double pressure_until;
+static double pressure_until, slow_reads_until;
 
 struct job {
 	struct job *next;
@@ -161,7 +163,7 @@ static void delete_if_empty(struct node *n)
 		delete(n);
 }
 
-int lane_set(uint64_t node, int read_fd, int write_fd, int links, bool in_memory)
+int lane_set(uint64_t node, int read_fd, int write_fd, int links, int waits)
 {
 	struct node *n = read_fd < 0 && write_fd < 0 ? known(node) : known_or_new(node);
 	if (!n)
@@ -169,9 +171,11 @@ int lane_set(uint64_t node, int read_fd, int write_fd, int links, bool in_memory
 	n->read_fd = read_fd;
 	n->write_fd = write_fd;
 	n->links = read_fd < 0 ? LANE_NO_ATTRIBUTES : links;
-	n->flags &= ~(unsigned)(IN_MEMORY | NO_NOWAIT);        /* of the file that the old descriptor was of */
-	if (in_memory)
+	n->flags &= ~(unsigned)(IN_MEMORY | ON_DISK | NO_NOWAIT);      /* of the file that the old descriptor was of */
+	if (waits == LANE_WAITS_FOR_NOTHING)
 		n->flags |= IN_MEMORY | NO_NOWAIT;
+	else if (waits == LANE_WAITS_FOR_DISK)
+		n->flags |= ON_DISK;
 	delete_if_empty(n);
 	return 0;
 }
@@ -208,7 +212,7 @@ void lane_clear(void)
 	slots = used = 0;
 	any_written = false;
 	counts = (struct lane_counts){ 0 };
-	pressure_until = 0;
+	pressure_until = slow_reads_until = 0;
 }
 
 size_t lane_nodes(void) { return used; }
@@ -378,6 +382,26 @@ static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset
 	return (ssize_t)done;
 }
 
+static bool is_nobody_waiting(int device)
+{
+	struct pollfd one = { device, POLLIN, 0 };
+	return poll(&one, 1, 0) == 0;
+}
+
+/* As read_cached, of what is not cached; -EAGAIN: a thread should do it. */
+static ssize_t read_uncached(int device, const struct node *n, char *data, size_t size, off_t offset)
+{
+	double begin = monotonic_us();
+
+	if (!(n->flags & ON_DISK) || begin < slow_reads_until || !is_nobody_waiting(device))
+		return -EAGAIN;
+	ssize_t got = pread(n->read_fd, data, size, offset);
+	double end = monotonic_us();
+	if (end - begin > SLOW_READ)
+		slow_reads_until = end + PRESSURE;
+	return got < 0 ? -errno : got;
+}
+
 static bool answer_read(int device, struct request *r, struct node *n)
 {
 	const struct read_in *in = (const void *)body_of(r);
@@ -386,6 +410,8 @@ static bool answer_read(int device, struct request *r, struct node *n)
 		return false;
 	char *data = r->mem + DATA_AT;
 	ssize_t got = read_cached(n, data, in->size, (off_t)in->offset);
+	if (got == -EAGAIN)
+		got = read_uncached(device, n, data, in->size, (off_t)in->offset);
 	if (got == -EBADF)
 		return false;                /* Python has another way to the file, or the right error */
 	if (got == -EAGAIN) {

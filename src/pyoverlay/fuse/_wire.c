@@ -540,13 +540,13 @@ static PyObject *whole_request(PyObject *self, PyObject *unused)
 static PyObject *lane(PyObject *self, PyObject *args)
 {
 	unsigned long long node;
-	int read_fd, write_fd, links = LANE_NO_ATTRIBUTES, in_memory = 0;
+	int read_fd, write_fd, links = LANE_NO_ATTRIBUTES, waits = LANE_WAITS_FOR_ANYTHING;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "Kii|ip", &node, &read_fd, &write_fd, &links, &in_memory))
+	if (!PyArg_ParseTuple(args, "Kii|ii", &node, &read_fd, &write_fd, &links, &waits))
 		return NULL;
 	lock_lane();
-	int result = lane_set(node, read_fd, write_fd, links, in_memory);
+	int result = lane_set(node, read_fd, write_fd, links, waits);
 	lane_unlock();
 	return none_or_memory_error(result);
 }

@@ -49,7 +49,7 @@ def request() -> tuple[int, int, int, int, int, int, bytes]:
 def whole_request() -> tuple[int, int, int, int, int, int, bytes]:
     """The same with the whole body."""
 
-def lane(node: int, read_fd: int, write_fd: int, links: int = -1, in_memory: bool = False, /) -> None:
+def lane(node: int, read_fd: int, write_fd: int, links: int = -1, waits: int = 0, /) -> None:
     """From now on answer READ of `node` from `read_fd` and WRITE by `write_fd`, in C; -1 is none, and leaves them to Python.
 
     The call waits while the receiver uses the node's descriptors: when it returns, what was registered before may be closed. Requests
@@ -58,7 +58,10 @@ def lane(node: int, read_fd: int, write_fd: int, links: int = -1, in_memory: boo
 
     `links`: unless -1, GETATTR is answered by `read_fd` as well, which may then be a directory's, and SETATTR by `write_fd`. What fstat
     says, but for the number, is what the node shows; its links are so many, or with 0 as many as fstat says. A SETATTR that truncates, or
-    takes suid or sgid away, goes to Python. `in_memory`: reading never waits for a disk.
+    takes suid or sgid away, goes to Python.
+
+    `waits`: what reading may wait for: 2 nothing, the data are in memory; 1 a disk, and then the receiver may wait itself as long as that
+    is quick and nobody else asks for anything; 0 a server that may never answer, and then a thread does.
     """
 
 def no_xattr(node: int, absent: bool, lists_nothing: bool = False, /) -> None:

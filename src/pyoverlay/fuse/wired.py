@@ -39,6 +39,8 @@ _READING, _WRITING = {_GETFLAGS: 4, _FSGETXATTR: 28}, {_SETFLAGS: 4, _FSSETXATTR
 
 _ASKED_BY_KERNEL = frozenset((b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"))
 
+_FOR_ANYTHING, _FOR_A_DISK, _FOR_NOTHING = 0, 1, 2  # LANE_WAITS_* of _lane.h
+
 _INLINE_BYTES = 64 << 20  # files past this: calls that walk or change their extents go to a thread
 
 
@@ -68,7 +70,14 @@ class WiredAnswers(Answers):
             self.view.upper.is_dirty = True
         # Whether a write takes set-user-id away is not for the mode on disk to say, where another is shown.
         write_fd = inode.fd if inode.is_writable and self._shows_what_is else -1
-        self._wire.lane(inode.ino, inode.fd, write_fd, self._links(inode), self.view.is_memory(inode))
+        self._wire.lane(inode.ino, inode.fd, write_fd, self._links(inode), self._waits(inode))
+
+    def _waits(self, inode: Inode) -> int:
+        """For `lane`: what a read may have to wait for."""
+        layer = self.view.data_layer(inode)
+        if layer is None:
+            return _FOR_ANYTHING
+        return _FOR_NOTHING if layer.is_memory else _FOR_A_DISK if layer.is_disk else _FOR_ANYTHING
 
     def _links(self, inode: Inode) -> int:
         """For `lane`. With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks."""

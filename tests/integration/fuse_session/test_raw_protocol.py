@@ -6,11 +6,13 @@ libfuse takes `/dev/fd/N` for a device that is mounted already; here N is a sock
 import errno
 import os
 import random
+import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -65,13 +67,13 @@ assert wire.counts() == ({}, dict.fromkeys(wire.counts()[1], 0))
 class Kernel:
     """Our end of the socket."""
 
-    def __init__(self, program: str = SERVER) -> None:
+    def __init__(self, program: str = SERVER, file: int = 0, *arguments: object) -> None:
         self.socket, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(10)
         self.unique = 0
         with device:
-            argv = [sys.executable, "-W", "ignore", "-c", program, str(device.fileno())]
-            self.server = subprocess.Popen(argv, pass_fds=[device.fileno()])
+            argv = [sys.executable, "-W", "ignore", "-c", program, *map(str, (device.fileno(), file, *arguments))]
+            self.server = subprocess.Popen(argv, pass_fds=[device.fileno(), file])
 
     def send(self, opcode: int, body: bytes, node: int = 1, length: int | None = None) -> int:
         self.unique += 2
@@ -110,6 +112,45 @@ def kernel() -> Iterator[Kernel]:
     if made.server.poll() is None:
         made.server.kill()
     made.server.wait(timeout=10)
+
+
+UNCACHED = """
+import os, sys
+import trio
+from pyoverlay.fuse import loop
+from pyoverlay.fuse.binding import pyfuse3, wire
+from pyoverlay.fuse.capabilities import Wanted
+from pyoverlay.fuse.opcodes import attach
+
+file, waits = int(sys.argv[2]), int(sys.argv[3])
+operations = pyfuse3.Operations()
+attach(operations, wire, Wanted())
+loop.install(wire)
+wire.lane(7, file, -1, -1, waits)
+pyfuse3.init(operations, f"/dev/fd/{sys.argv[1]}", {"fsname=raw"})
+trio.run(pyfuse3.main)
+counts = wire.counts()[1]
+pyfuse3.close(unmount=False)
+raise SystemExit(10 * counts["reads"] + counts["queued_reads"])
+"""
+
+
+@pytest.mark.parametrize(("waits", "together", "counted"), [(0, 1, 1), (1, 1, 10), (1, 2, 11)])
+def test_a_disk_is_waited_for_by_the_receiver_while_nobody_else_asks(tmp_path: Path, waits: int, together: int, counted: int) -> None:
+    """What may wait for longer is a thread's; so is a first READ with another behind it, which then nobody is behind."""
+    path = tmp_path / "file"
+    path.write_bytes(b"lane")
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        kernel = Kernel(UNCACHED, file.fileno(), waits)
+        kernel.init()
+        kernel.server.send_signal(signal.SIGSTOP)
+        for _ in range(together):
+            kernel.send(READ, struct.pack("<QQIIQII", 0, 0, 100, 0, 0, 0, 0), FILE)
+        kernel.server.send_signal(signal.SIGCONT)
+        assert [kernel.receive()[1:] for _ in range(together)] == [(0, b"lane")] * together
+        assert kernel.end() == counted
 
 
 def test_init_asks_for_all_that_is_wanted(kernel: Kernel) -> None:
