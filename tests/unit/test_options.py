@@ -187,6 +187,9 @@ def meaning(string: str) -> dict[str, object]:
         ("xattr_permissions=2", {"override": Override.CONTAINERS}),
         ("stop_timeout=2.5", {"stop_timeout": 2.5}),
         ("inodes=5000", {"inodes": 5000}),
+        ("cpu_latency=on", {"cpu_latency": True}),
+        ("cpu_latency=off", {"cpu_latency": False}),
+        ("cpu_latency=on,cpu_latency=auto", {}),
     ],
 )
 def test_an_option_does_what_it_says(string: str, fields: dict[str, object]) -> None:

@@ -27,6 +27,7 @@ from pyoverlay.daemon.options import DEFAULT_INODES, Options, policy
 from pyoverlay.daemon.refusals import Directory, Layers
 from pyoverlay.daemon.request import Request
 from pyoverlay.errors import NoPrivilege, Refusal, printable
+from pyoverlay.fuse import latency
 from pyoverlay.fuse.binding import wire
 from pyoverlay.fuse.mountpoint import MountOptions, MountPoint, open_mount_point
 from pyoverlay.fuse.operations import Operations
@@ -56,7 +57,8 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             refusals.mark_volatile(layers.work)
         point = open_mount_point(layers.merged.path)
         held.callback(point.close)
-        entry = _Entry(layers, request.options, rules, point)
+        latency_fd = _latency_fd(request.options, held)
+        entry = _Entry(layers, request.options, rules, point, keeps_awake=latency_fd >= 0)
         held.callback(entry.close)
         operations = operations_for(view, wire, writeback=request.options.writeback)
         proc = open_proc()
@@ -83,6 +85,8 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
 
         options = mount_options(request.options, layers.lowers, privileged=os.geteuid() == 0)
         looked.close()
+        if wire is not None:
+            wire.latency(latency_fd)
         session.run(
             options,
             on_answer,
@@ -133,6 +137,18 @@ def _path(directory: Directory | None) -> bytes | None:
     return None if directory is None else directory.path
 
 
+def _latency_fd(options: Options, held: ExitStack) -> int:
+    """See latency.open_device; the extension is what asks."""
+    if wire is None:
+        if options.cpu_latency:
+            raise Refusal(latency.DEVICE, "is asked by the extension, which is not loaded", remedy="leave out cpu_latency=on")
+        return -1
+    fd = latency.open_device(options.cpu_latency)
+    if fd >= 0:
+        held.callback(os.close, fd)
+    return fd
+
+
 def _raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # a hard limit past what the kernel grants now
@@ -176,7 +192,7 @@ def _sync(view: View, rules: Policy, entry: _Entry) -> None:
 class _Entry:
     """The line of one mount in the registry. A mount without one works all the same, and the log says so."""
 
-    def __init__(self, layers: Layers, options: Options, rules: Policy, point: MountPoint) -> None:
+    def __init__(self, layers: Layers, options: Options, rules: Policy, point: MountPoint, *, keeps_awake: bool) -> None:
         pid = os.getpid()
         self._point = point
         self._directory = _registry_directory()
@@ -193,7 +209,7 @@ class _Entry:
             options=tuple(option for option in options.given if not option.startswith(("lowerdir", "upperdir=", "workdir="))),
             started=time.time(),
             data_lowers=tuple(lower.path for lower in layers.data_lowers),
-            features={**rules.plain(), "writeback": options.writeback, "extension": wire is not None},
+            features={**rules.plain(), "writeback": options.writeback, "extension": wire is not None, "cpu_latency": keeps_awake},
         )
         self._listener = _listener(self._directory, self.record)
 

@@ -57,6 +57,7 @@ class Options:
     fsync: Fsync = Fsync.ORDERED
     whiteouts: Whiteouts = Whiteouts.AUTO
     writeback: bool = False
+    cpu_latency: bool | None = None  # None: as `latency` sees fit
     inodes: int | None = None  # DEFAULT_INODES
     squash_uid: int | None = None
     squash_gid: int | None = None
@@ -347,6 +348,7 @@ _VALUES: dict[str, Meaning] = {
     "nfs_export": _only(("off",), ("on",), "file handles do not outlive the mount"),
     "xattr_permissions": _one_of("override", {mode.value: mode for mode in Override}),
     "writeback": _one_of("writeback", {"on": True, "off": False, "1": True, "0": False}),
+    "cpu_latency": _one_of("cpu_latency", {"on": True, "off": False, "auto": None}),
     "inodes": _inodes,
 }
 

@@ -21,6 +21,7 @@
 
 #include "_calls.h"
 #include "_direct.h"
+#include "_latency.h"
 #include "_notify.h"
 
 #include <dlfcn.h>
@@ -210,6 +211,7 @@ static ssize_t next_request(int device, double *spin)
 			if (time - wire.last_request < BUSY && *spin > 0 && time >= wire.crowded_until)
 				*spin = SPIN;
 			wire.last_request = time;
+			latency_busy();
 			return n;
 		}
 		if (n == 0 || (n < 0 && errno == ENODEV))
@@ -224,6 +226,7 @@ static ssize_t next_request(int device, double *spin)
 				begin = monotonic_us();
 				continue;
 			}
+			latency_idle();
 			wire.idle = true;
 			return -EINTR;
 		}
@@ -458,6 +461,7 @@ void fuse_session_destroy(struct fuse_session *se)
 	Py_CLEAR(wire.on_init);
 	Py_CLEAR(wire.on_interrupt);
 	direct_set(NULL);
+	latency_set(-1);
 	memset(&wire, 0, sizeof wire);
 	wire.device = -1;
 	wire.wanted_capacity = FIRST_CAPACITY;
@@ -549,6 +553,17 @@ static PyObject *lane(PyObject *self, PyObject *args)
 	int result = lane_set(node, read_fd, write_fd, links, waits);
 	lane_unlock();
 	return none_or_memory_error(result);
+}
+
+static PyObject *latency(PyObject *self, PyObject *args)
+{
+	int fd;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "i", &fd))
+		return NULL;
+	latency_set(fd);
+	Py_RETURN_NONE;
 }
 
 static PyObject *no_xattr(PyObject *self, PyObject *args)
@@ -660,6 +675,7 @@ static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "whole_request", whole_request, METH_NOARGS, NULL },
 	{ "lane", lane, METH_VARARGS, NULL },
 	{ "no_xattr", no_xattr, METH_VARARGS, NULL },
+	{ "latency", latency, METH_VARARGS, NULL },
 	{ "written", written, METH_VARARGS, NULL },
 	{ "counts", counts, METH_NOARGS, NULL },
 	{ "is_idle", is_idle, METH_NOARGS, NULL },

@@ -64,6 +64,11 @@ def lane(node: int, read_fd: int, write_fd: int, links: int = -1, waits: int = 0
     is quick and nobody else asks for anything; 0 a server that may never answer, and then a thread does.
     """
 
+def latency(fd: int, /) -> None:
+    """From now on ask through this descriptor of /dev/cpu_dma_latency for processors that stay awake, while requests come in a row; -1: no
+    more. It stays the caller's, and what was asked for ends when it is closed. Before the first request only.
+    """
+
 def no_xattr(node: int, absent: bool, lists_nothing: bool = False, /) -> None:
     """With `absent`, answer ENODATA for the node's ACLs and security.capability in C, until called with False; with `lists_nothing`,
     LISTXATTR as well, with an empty list.

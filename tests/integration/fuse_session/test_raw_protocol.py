@@ -153,6 +153,26 @@ def test_a_disk_is_waited_for_by_the_receiver_while_nobody_else_asks(tmp_path: P
         assert kernel.end() == counted
 
 
+LATENCY = UNCACHED.replace("wire.lane(7, file, -1, -1, waits)", "wire.latency(file)").replace("raise SystemExit", "counts and")
+
+
+def test_processors_are_kept_awake_from_the_sixteenth_request_until_there_are_no_more() -> None:
+    """What is written is what /dev/cpu_dma_latency takes: microseconds that waking up may take, and its own default, which is any."""
+    told, device = os.pipe()
+    with open(told, "rb", buffering=0) as told_file:
+        kernel = Kernel(LATENCY, device, 0)
+        os.close(device)
+        kernel.init()
+        kernel.server.send_signal(signal.SIGSTOP)
+        for _ in range(16):
+            kernel.send(GETATTR, bytes(16))
+        kernel.server.send_signal(signal.SIGCONT)
+        assert [struct.unpack("<i", told_file.read(4)) for _ in range(2)] == [(0,), (2_000_000_000,)]
+        assert [kernel.receive()[1] for _ in range(16)] == [errno.ENOSYS] * 16
+        assert kernel.end() == 0
+        assert told_file.read() == b""  # it slept again, and asked for nothing more
+
+
 def test_init_asks_for_all_that_is_wanted(kernel: Kernel) -> None:
     reply = kernel.init()
     assert agreed(reply) & DEFAULT == DEFAULT
