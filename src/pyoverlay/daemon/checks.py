@@ -23,6 +23,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.stack import keeps_order
 from pyoverlay.daemon import refusals, versions
 from pyoverlay.errors import printable
+from pyoverlay.fuse import latency
 from pyoverlay.fuse.mountpoint import FUSE_DEVICE
 
 _IN_CONTAINER = "--device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"
@@ -48,8 +49,8 @@ class Check:
 
 def machine() -> Iterator[Check]:
     """What does not depend on an upper."""
-    for check in (_kernel, _device, _privileges, _fusermount, _fuse_conf, _user_namespaces, _apparmor, _library, _extension, _clones):
-        yield check()
+    yield from (check() for check in (_kernel, _device, _privileges, _fusermount, _fuse_conf, _user_namespaces, _apparmor))
+    yield from (check() for check in (_library, _extension, _latency, _clones))
 
 
 def _kernel() -> Check:
@@ -157,6 +158,16 @@ def _extension() -> Check:
         remedy = "install with a C compiler: apt install gcc python3-dev, then pip install again"
         return Check(name, State.WARN, f"off: {wire_reason}; slower, and without fallocate, SEEK_HOLE, copy_file_range, chattr", remedy)
     return Check(name, State.ON, "loaded")
+
+
+def _latency() -> Check:
+    name = "waking of processors"
+    if not os.access(latency.DEVICE, os.W_OK):
+        return Check(name, State.WARN, f"{latency.DEVICE} cannot be opened: clients' processors sleep while they wait")
+    if latency.is_wanted_unasked():
+        return Check(name, State.ON, "processors stay awake while clients are at work")
+    detail = f"{os.cpu_count()} processors are left alone; with -o cpu_latency=on they stay awake while clients are at work"
+    return Check(name, State.ON, detail)
 
 
 def _clones() -> Check:

@@ -17,12 +17,17 @@ FEW = 4
 """Processors: at most so many are kept awake unasked. On larger machines that would be watts, and their processors sleep less deeply."""
 
 
+def is_wanted_unasked() -> bool:
+    """Are there more processors than one, and few? A single one has no other to wake."""
+    return 1 < (os.cpu_count() or 1) <= FEW
+
+
 def open_device(wanted: bool | None) -> int:
     """A descriptor of the device, for as long as a mount may ask for anything; -1: none is wanted, or to be had.
 
     wanted: None where it is for us to decide. Refusal: it is wanted, and cannot be had.
     """
-    if wanted is False or (wanted is None and not 1 < (os.cpu_count() or 1) <= FEW):
+    if wanted is False or (wanted is None and not is_wanted_unasked()):
         return -1
     try:
         return os.open(DEVICE, os.O_WRONLY | os.O_CLOEXEC)
