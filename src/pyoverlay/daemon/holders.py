@@ -1,4 +1,4 @@
-"""Who keeps a mount busy: the processes with a file, a working directory, a root, a program or a map on it.
+"""Who keeps a mount busy: the processes with a file, a working directory, a root, a program or a map on it, or a namespace that has it.
 
 Only /proc is read, and only through one directory descriptor: the daemon asks while it serves, when no path may lead through its
 own mount, and a mount that is dead or hangs must not block whoever asks. What is open is told by its mount's id, which no path tells: what
@@ -44,6 +44,30 @@ def holders(proc: int, *, mount_id: int, device: str) -> list[Holder]:
         if name.isdigit() and _holds(proc, name, mount_id, on_map):
             found.append(Holder(int(name), _command(proc, name)))
     return sorted(found, key=lambda holder: holder.pid)
+
+
+def in_other_namespaces(proc: int, device: str) -> list[Holder]:
+    """One process, the oldest by its number, of each other mount namespace in which a mount of this device shows, as far as this user may
+    look: containers, `unshare -m`, services with mounts of their own. Each keeps a copy of what was mounted when it was made.
+    """
+    on_device = re.compile(rb"^\d+ \d+ " + re.escape(device.encode()) + rb" ", re.MULTILINE)
+    seen = {None, _namespace(proc, "self")}
+    found = []
+    for name in sorted((name for name in os.listdir(proc) if name.isdigit()), key=int):
+        namespace = _namespace(proc, name)
+        if namespace in seen:
+            continue
+        seen.add(namespace)
+        if on_device.search(_content(proc, f"{name}/mountinfo")):
+            found.append(Holder(int(name), _command(proc, name)))
+    return found
+
+
+def _namespace(proc: int, pid: str) -> str | None:
+    try:
+        return os.readlink(f"{pid}/ns/mnt", dir_fd=proc)
+    except OSError:  # gone, or another user's
+        return None
 
 
 def described(found: list[Holder]) -> str:

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from pyoverlay import mountinfo, registry
 from pyoverlay.core import syscalls
-from pyoverlay.daemon.holders import described, holders, open_proc
+from pyoverlay.daemon.holders import described, holders, in_other_namespaces, open_proc
 from pyoverlay.errors import DaemonFailed, NoPrivilege, Refusal, printable
 from pyoverlay.fuse.mountpoint import fusermount
 
@@ -36,14 +36,14 @@ def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> str |
     """
     mount, record = _find(merged, _mount_point(merged))
     if record is None or not record.is_alive:
-        return _take_away_dead(merged, mount, record, lazily=lazily)
+        return _take_away_dead(merged, mount, record, lazily=lazily, wait=wait)
     pidfd = _pidfd(record)
     try:
         if pidfd is not None:
             _sync(merged, mount, record, lazily=lazily, wait=wait)
-        _take_away(merged, mount, lazily=lazily)
+        _take_away(merged, mount, lazily=lazily, wait=wait)
         if pidfd is not None and not lazily:
-            _wait(merged, record, pidfd, wait)
+            _wait(merged, mount, record, pidfd, wait)
     finally:
         if pidfd is not None:
             os.close(pidfd)
@@ -52,9 +52,9 @@ def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> str |
     return None
 
 
-def _take_away_dead(merged: bytes, mount: mountinfo.Mount, record: registry.Record | None, *, lazily: bool) -> str:
+def _take_away_dead(merged: bytes, mount: mountinfo.Mount, record: registry.Record | None, *, lazily: bool, wait: float) -> str:
     """A mount that nobody serves: what its daemon had written is made durable here."""
-    _take_away(merged, mount, lazily=lazily)
+    _take_away(merged, mount, lazily=lazily, wait=wait)
     note = "its daemon had died before; unmounted"
     if record is not None and record.upper is not None:
         try:
@@ -111,7 +111,7 @@ def _sync(merged: bytes, mount: mountinfo.Mount, record: registry.Record, *, laz
             return
         remedy = f"kill -CONT {record.pid}, or detach it with --lazy"
         raise Refusal(merged, f"its daemon (pid {record.pid}) is stopped and cannot sync it", errno.EBUSY, remedy)
-    code = _in_child(lambda: _sync_from_inside(mount), _LAZY_PATIENCE if lazily else wait)
+    code = _in_child(lambda: _sync_from_inside(mount, is_to_answer=not lazily), _LAZY_PATIENCE if lazily else wait)
     if code == 0 or lazily:
         return
     if code is None:
@@ -122,12 +122,14 @@ def _sync(merged: bytes, mount: mountinfo.Mount, record: registry.Record, *, laz
     raise Refusal(merged, "what was written could not be stored", code, "still mounted; make room or look into the log, then try again")
 
 
-def _sync_from_inside(mount: mountinfo.Mount) -> None:
+def _sync_from_inside(mount: mountinfo.Mount, *, is_to_answer: bool) -> None:
     try:
         fd = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # the root of the merged tree is closed to us: the daemon's own sync has to do
         return
     syscalls.syncfs(fd)
+    if is_to_answer:
+        os.fstatvfs(fd)  # with nothing to write the sync has asked the daemon nothing, and whoever waits for it keeps the mount busy
 
 
 def _in_child(function: Callable[[], None], seconds: float) -> int | None:
@@ -162,38 +164,48 @@ def _call_and_exit(function: Callable[[], None]) -> None:
         os._exit(code)
 
 
-def _take_away(merged: bytes, mount: mountinfo.Mount, *, lazily: bool) -> None:
+def _take_away(merged: bytes, mount: mountinfo.Mount, *, lazily: bool, wait: float) -> None:
+    """wait: seconds that the kernel may take, which writes what is dirty first, by a daemon that may hang meanwhile."""
+    seconds = _LAZY_PATIENCE if lazily else max(wait, _LAZY_PATIENCE)
     try:
         if os.geteuid() == 0:
-            _umount(mount, lazily=lazily)
+            _umount(mount, lazily=lazily, seconds=seconds)
         else:
-            _fusermount(mount.point, lazily=lazily)
+            _fusermount(mount.point, lazily=lazily, seconds=seconds)
     except PermissionError as error:
         raise NoPrivilege(merged, "may not be unmounted by this user", error.errno, "be root, or whoever mounted it") from error
+    except TimeoutError as error:
+        remedy = f"end its daemon, or {'have root umount it with -f' if lazily else 'detach it with --lazy'}"
+        raise Refusal(merged, f"not unmounted within {seconds:g} s", error.errno, remedy) from error
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise Refusal(merged, "cannot be unmounted", error.errno) from error
         raise _busy(merged, mount) from error
 
 
-def _umount(mount: mountinfo.Mount, *, lazily: bool) -> None:
-    """umount2(2), by a child where the daemon need not answer: whoever lets go of the last reference writes what is dirty."""
-    if not lazily:
-        syscalls.umount2(mount.point)
-        return
-    code = _in_child(lambda: syscalls.umount2(mount.point, syscalls.MNT_DETACH), _LAZY_PATIENCE)
-    if code:
+def _umount(mount: mountinfo.Mount, *, lazily: bool, seconds: float) -> None:
+    """umount2(2), by a child that may be given up: whoever lets go of the last reference writes what is dirty."""
+    code = _in_child(lambda: syscalls.umount2(mount.point, syscalls.MNT_DETACH if lazily else 0), seconds)
+    if code is None and lazily:
+        return  # detached it is; what is dirty the child writes when it can
+    if code != 0:
+        code = errno.ETIMEDOUT if code is None else code
         raise OSError(code, os.strerror(code))
 
 
-def _fusermount(point: bytes, *, lazily: bool) -> None:
+def _fusermount(point: bytes, *, lazily: bool, seconds: float) -> None:
     arguments = [fusermount(), "-u", *(["-z"] if lazily else []), "--", os.fsdecode(point)]
-    result = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if result.returncode == 0:
+    process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        _, told = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()  # in vain while it waits for the daemon, so it is not waited for
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+    if process.returncode == 0:
         return
-    if b"busy" in result.stderr:
+    if b"busy" in told:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-    raise NoPrivilege(point, printable(result.stderr.strip() or b"fusermount3 refused"))
+    raise NoPrivilege(point, printable(told.strip() or b"fusermount3 refused"))
 
 
 def _busy(merged: bytes, mount: mountinfo.Mount) -> Refusal:
@@ -208,14 +220,28 @@ def _busy(merged: bytes, mount: mountinfo.Mount) -> Refusal:
     return Refusal(merged, f"busy: held by {described(found)}", errno.EBUSY, "end that, or detach it with --lazy")
 
 
-def _wait(merged: bytes, record: registry.Record, pidfd: int, seconds: float) -> None:
+def _wait(merged: bytes, mount: mountinfo.Mount, record: registry.Record, pidfd: int, seconds: float) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     if not poll.poll(seconds * 1000):
         raise DaemonFailed(
-            f"{printable(merged)}: unmounted, but its daemon (pid {record.pid}) has not ended within {seconds:g} s: "
-            "another mount namespace may hold the mount, or the upper's disk is slow"
+            f"{printable(merged)}: unmounted, but its daemon (pid {record.pid}) has not ended within {seconds:g} s: {_what_keeps_it(mount)}"
         )
+
+
+def _what_keeps_it(mount: mountinfo.Mount) -> str:
+    """Why a daemon whose mount was taken away here serves on."""
+    copy = next((other for other in mountinfo.mounts() if other.device == mount.device), None)
+    if copy is not None:
+        return f"it is mounted at {printable(copy.point)} as well; umount that too"
+    proc = open_proc()
+    try:
+        found = in_other_namespaces(proc, mount.device)
+    finally:
+        os.close(proc)
+    if found:
+        return f"it is still mounted in another mount namespace, of {described(found)}; end that, or umount it there (nsenter -m -t PID)"
+    return "a mount namespace that cannot be seen from here may hold the mount, or the upper's disk is slow"
 
 
 def _report_failure(merged: bytes, record: registry.Record) -> None:
