@@ -187,7 +187,7 @@ CHANGING = {
     "os.removexattr", "os.write", "os.pwrite", "os.writev", "os.pwritev", "os.copy_file_range", "os.sendfile", "os.splice",
     "os.posix_fallocate", "os.fsync", "os.fdatasync", "os.sync", "fcntl.ioctl",
     "syscalls.linkat", "syscalls.renameat2", "syscalls.fchmodat", "syscalls.utimensat", "syscalls.fallocate", "syscalls.syncfs",
-    "syscalls.sync_file_range",
+    "syscalls.sync_file_range", "syscalls.start_writeback",
 }  # fmt: skip
 # Not the upper: its own session's files and sockets, and reading with an ioctl.
 ELSEWHERE = {"core/calls.py", "core/syscalls.py", "fuse/mountpoint.py", "fuse/session.py"}

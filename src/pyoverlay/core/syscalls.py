@@ -171,6 +171,12 @@ def sync_file_range(fd: int) -> None:
         raise _failed()
 
 
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """sync_file_range(2), WRITE: begin to write what is dirty of these bytes, and wait for none of it."""
+    if _sync_file_range(fd, offset, length, 2):
+        raise _failed()
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2)."""
     if _syncfs(fd):
