@@ -307,39 +307,34 @@ class kept_alive:  # noqa: N801  (read as the verb of a `with`, which as a gener
     link at all, since then nothing could give them one (linkat(2)): so it gets a name in the work directory, for as long as we are mounted.
     """
 
-    __slots__ = ("_let_go",)
+    __slots__ = ("_inode", "_is_held", "_view")
 
     def __init__(self, view: View, inode: Inode, parent: Directory, name: bytes, *, is_upper: bool) -> None:
-        self._let_go = _hold(view, inode, parent, name) if is_upper else None
+        self._view, self._inode = view, inode
+        self._is_held = is_upper and _hold(view, inode, parent, name)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._let_go is not None and isinstance(error, OSError):
-            self._let_go()
+        if self._is_held and isinstance(error, OSError):
+            _let_go(self._view, self._inode)
 
 
-def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> Callable[[], None] | None:
-    """See kept_alive. Returns what undoes it."""
+def _hold(view: View, inode: Inode, parent: Directory, name: bytes) -> bool:
+    """See kept_alive. Returns whether anything was done."""
     if inode.has_other_name(parent, name) or inode.kept_name or (inode.lower_links > 0 and inode.index_name):
-        return None
+        return False
     if inode.lower_links > 0:
         _keep_name(view, inode, parent, name)
-    elif not inode.nlookup:
-        return None
-    elif isinstance(inode, Directory):
-        view.upper_fd(inode)
-        inode.pins += 1
-    elif inode.pin >= 0:
-        return None
-    elif not view.can_pin():
-        _keep_name(view, inode, parent, name)
-    elif inode.fd >= 0 and inode.metacopy is None:
-        view.table.pin(inode, inode.fd)
+    elif not inode.nlookup or inode.pin >= 0:
+        return False
+    elif isinstance(inode, Directory) or view.can_pin():  # a directory can have no other name
+        is_open = inode.fd >= 0 and inode.metacopy is None
+        view.table.pin(inode, inode.fd if is_open else view.upper.pin(view.upper_fd(parent), name))
     else:
-        view.table.pin(inode, view.upper.pin(view.upper_fd(parent), name))
-    return partial(_let_go, view, inode)
+        _keep_name(view, inode, parent, name)
+    return True
 
 
 def _keep_name(view: View, inode: Inode, parent: Directory, name: bytes) -> None:
@@ -357,8 +352,6 @@ def _let_go(view: View, inode: Inode) -> None:
     if inode.kept_name:
         view.upper.discard(inode.kept_name)
         _set_kept_name(view, inode, b"")
-    elif isinstance(inode, Directory):
-        inode.pins -= 1
     else:
         view.table.unpin(inode)
 

@@ -251,7 +251,7 @@ class InodeTable:
 
     def number(self, fs: int, real_ino: int) -> int:
         """The number for a real object, free to be given: its own if nobody holds that."""
-        ino = self.own_number(fs, real_ino)
+        ino = fs << _FS_SHIFT | real_ino
         fits = real_ino < (_RESERVED if fs == 0 else 1 << _FS_SHIFT)
         if ino > ROOT_INO and fits and ino not in self.by_ino:
             return ino
@@ -271,9 +271,11 @@ class InodeTable:
         return self._strays.get((parent.ino, name)) if self._strays else None
 
     def add(self, inode: Inode, *keys: Key) -> None:
+        """A new one."""
         self.by_ino[inode.ino] = inode
         for key in keys:
-            self.add_key(inode, key)
+            self._by_key[key] = inode
+        inode.keys = keys
 
     def add_stray(self, inode: Inode, parent: Inode, name: bytes) -> None:
         self.by_ino[inode.ino] = inode

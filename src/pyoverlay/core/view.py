@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from functools import cached_property
 
 from pyoverlay.core import marks
 from pyoverlay.core.index import Index
@@ -80,7 +81,7 @@ class View:
         self.root.nlookup = 1
         self.table.add(self.root)
 
-    @property
+    @cached_property
     def upper(self) -> Upper:
         """The upper. EROFS without one: every change begins by asking for it."""
         if self._upper is None:
@@ -175,6 +176,8 @@ class View:
         if directory.fd >= 0:
             directory.is_recent = True
             return directory.fd
+        if directory.pin >= 0:
+            return directory.pin
         upper = self.upper
         names: list[bytes] = []
         above = directory

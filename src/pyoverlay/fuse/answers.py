@@ -245,8 +245,9 @@ class Answers:
         return self._looked_up(inode, change.link(self.view, inode, self.view.directory(new_parent), new_name))
 
     def unlink(self, parent: int, name: bytes) -> None:
-        for inode in self.to_copy_up_for_unlink(parent, name):
-            self.copy_up(inode, attributes_only=True)
+        if self.view.index is not None:
+            for inode in self.to_copy_up_for_unlink(parent, name):
+                self.copy_up(inode, attributes_only=True)
         change.unlink(self.view, self.view.directory(parent), name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
