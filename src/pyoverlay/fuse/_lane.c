@@ -22,7 +22,8 @@
 
 enum {
 	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, LISTS_NOTHING = 16, ON_DISK = 32, /* struct node, flags */
-	DATA_AT = 4096,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
+	PAGE = 4096,                         /* or a multiple of it */
+	DATA_AT = PAGE,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
 	WRITE_KILL_SUIDGID = 4,
 	FSYNC_DATA_ONLY = 1,
 	THREADS = 4,
@@ -355,7 +356,8 @@ void lane_sync(int device, const struct request *r, int fd)
 /* ---- the requests ---- */
 
 /* The bytes read, up to the end of the file, or -errno; -EAGAIN if that needs a disk. Short answers of RWF_NOWAIT may only mean that the
- * next page is not cached, while a short answer to the kernel means the end of the file: so go on until nothing comes. */
+ * next page is not cached, while a short answer to the kernel means the end of the file: so go on until nothing comes, or until a page is
+ * not whole. */
 static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset)
 {
 	size_t done = 0;
@@ -369,8 +371,8 @@ static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset
 	while (done < size) {
 		struct iovec iov = { data + done, size - done };
 		ssize_t got = preadv2(n->read_fd, &iov, 1, offset + (off_t)done, RWF_NOWAIT);
-		if (got == 0)
-			break;
+		if (got == 0 || (got > 0 && (offset + (off_t)done + got) % PAGE))
+			return (ssize_t)done + got;
 		if (got < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
 			n->flags |= NO_NOWAIT;
 			return read_cached(n, data, size, offset);
