@@ -13,7 +13,6 @@ published leaves nothing; afterwards some files are copied up, as by a change of
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -126,9 +125,8 @@ class Detachment:
             upper.set_mark(dirfd, b".", marks.OPAQUE, b"y")
         directory.lowers, directory.is_opaque = (), True
         view.links_changed(directory)
-        for entry in upper.scan(dirfd):
-            name = os.fsencode(entry.name)
-            st = upper.stat(dirfd, name) if not entry.is_file(follow_symlinks=False) else None
+        for name, form in upper.scan(dirfd).items():
+            st = upper.stat(dirfd, name) if not form else None
             if st is not None and marks.is_whiteout_device(st):
                 with tolerated("a whiteout that hides nothing stays in the upper"), keeping_times(upper, dirfd):
                     upper.calls.unlink(name, dirfd)

@@ -112,10 +112,9 @@ class Index:
 
     def clean(self) -> None:
         """Remove what leads nowhere: entries whose lower file has changed, copies that no name shows. EINVAL: no index entry at all."""
-        for entry in self._upper.scan(self.fd):
-            name = os.fsencode(entry.name)
+        for name in self._upper.scan(self.fd):
             if name.startswith(b"#") or self._is_stale(name):
-                log.info("index entry %s leads nowhere and is removed", entry.name)
+                log.info("index entry %s leads nowhere and is removed", os.fsdecode(name))
                 remove_tree(self._upper.calls, self.fd, name)
 
     def _is_stale(self, name: bytes) -> bool:

@@ -196,15 +196,15 @@ class Listing:
 
     def after(self, offset: int) -> Iterator[tuple[int, bytes]]:
         """(offset, name) of the entries past an offset, in order, while the directory may change."""
-        while True:
-            place = bisect.bisect_right(self._offsets, offset)
-            while place < len(self._order) and self._order[place] is None:
-                place += 1
-            if place >= len(self._order):
-                return
+        place = bisect.bisect_right(self._offsets, offset)
+        while place < len(self._order):
             offset, name = self._offsets[place], self._order[place]
             if name is not None:
                 yield offset, name
+            if place < len(self._offsets) and self._offsets[place] == offset:
+                place += 1
+            else:  # holes were dropped meanwhile
+                place = bisect.bisect_right(self._offsets, offset)
 
 
 class Directory(Inode):
@@ -252,8 +252,7 @@ class InodeTable:
     def number(self, fs: int, real_ino: int) -> int:
         """The number for a real object, free to be given: its own if nobody holds that."""
         ino = fs << _FS_SHIFT | real_ino
-        fits = real_ino < (_RESERVED if fs == 0 else 1 << _FS_SHIFT)
-        if ino > ROOT_INO and fits and ino not in self.by_ino:
+        if ino not in self.by_ino and ino > ROOT_INO and real_ino < (1 << _FS_SHIFT if fs else _RESERVED):
             return ino
         log.info("inode number %d of file system %d is held by another object: a reserved one is given", real_ino, fs)
         self._next_reserved += 1
@@ -273,9 +272,9 @@ class InodeTable:
     def add(self, inode: Inode, *keys: Key) -> None:
         """A new one."""
         self.by_ino[inode.ino] = inode
+        inode.keys = keys
         for key in keys:
             self._by_key[key] = inode
-        inode.keys = keys
 
     def add_stray(self, inode: Inode, parent: Inode, name: bytes) -> None:
         self.by_ino[inode.ino] = inode

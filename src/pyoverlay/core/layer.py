@@ -98,8 +98,8 @@ class Names:
 
     __slots__ = ("hides_all", "names", "whiteouts")
 
-    def __init__(self, names: dict[bytes, None], whiteouts: frozenset[bytes], hides_all: bool) -> None:
-        self.names = names  # in the order of the disk: attributes are then read in about the order they lie in
+    def __init__(self, names: dict[bytes, int], whiteouts: frozenset[bytes], hides_all: bool) -> None:
+        self.names = names  # with their formats, in the order of the disk: attributes are then read in about the order they lie in
         self.whiteouts = whiteouts
         self.hides_all = hides_all  # an aufs `.wh..wh..opq`; the kernel's mark is not looked for here
 
@@ -189,14 +189,18 @@ class Layer:
 
     def readlink(self, dirfd: int, name: bytes) -> bytes:
         """Target of a symlink; the empty name is the symlink that dirfd was opened on."""
-        return os.readlink(name, dir_fd=dirfd)
+        return self.reads.readlink(dirfd, name)
 
     def open_read(self, dirfd: int, name: bytes) -> int:
         """Descriptor of a regular file. ESTALE where it is no longer one: a fifo or a device in a layer is never opened."""
         if not self.is_clone:
             return self._open_regular(dirfd, name, os.O_RDONLY)
-        fd = self._open_noatime(dirfd, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        return require_regular(fd)
+        try:
+            return self.reads.open_regular(dirfd, name, os.O_RDONLY | self._noatime)
+        except PermissionError:
+            if not self._noatime:
+                raise
+            return self.reads.open_regular(dirfd, name, os.O_RDONLY)
 
     def _open_regular(self, dirfd: int, name: bytes, flags: int) -> int:
         """The same where somebody may put a device in the place of the file, which a clone lets nobody open: what it is, is looked at
@@ -245,37 +249,22 @@ class Layer:
 
     def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
         """getxattr(2) of a name; empty: of dirfd itself."""
-        return os.getxattr(proc_path(dirfd, name), attribute, follow_symlinks=not name)
+        return self.reads.getxattr(dirfd, name, attribute)
 
     def getxattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes | None:
         """As read_xattr, or None: there is none, or this kind of file or file system has no such thing."""
-        try:
-            return self.read_xattr(dirfd, name, attribute)
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return None
-            raise
+        return self.reads.find_xattr(dirfd, name, attribute)
 
     def listxattr(self, dirfd: int, name: bytes) -> list[bytes]:
-        try:
-            return [os.fsencode(attribute) for attribute in os.listxattr(proc_path(dirfd, name), follow_symlinks=not name)]
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                return []
-            raise
+        return self.reads.listxattr(dirfd, name)
 
     def getmark(self, dirfd: int, name: bytes, mark: bytes) -> bytes | None:
         """One of the overlay's own marks, in this mount's spelling."""
         return self.getxattr(dirfd, name, self.mark_prefix + mark)
 
     def getmark_of(self, fd: int, mark: bytes) -> bytes | None:
-        """The same of an open file, without the way through /proc, which takes three times as long."""
-        try:
-            return os.getxattr(fd, self.mark_prefix + mark)
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return None
-            raise
+        """The same of an open file, without the way there."""
+        return self.reads.find_xattr_of(fd, self.mark_prefix + mark)
 
     def listmarks(self, dirfd: int, name: bytes) -> frozenset[bytes]:
         """Which marks a name bears. One system call where most names bear none."""
@@ -319,12 +308,11 @@ class Layer:
             # A mount that may not be looked behind: the attributes are those of what is mounted, and it shows empty.
             return os.open(directory.name, _OPEN_DIR, dir_fd=self.dirfd(directory.parent))
 
-    def scan(self, dirfd: int) -> list[os.DirEntry[str]]:
-        """The entries of a directory, without "." and ".."."""
+    def scan(self, dirfd: int) -> dict[bytes, int]:
+        """The names in a directory and their formats, see `Reads`."""
         fd = self._open_noatime(dirfd, b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with os.scandir(fd) as entries:
-                return list(entries)
+            return self.reads.scan(fd)
         finally:
             os.close(fd)
 
@@ -386,34 +374,32 @@ class Lower(Layer):
         if directory.is_masked:
             return _NOTHING
         dirfd = self.dirfd(directory)
-        names: list[bytes] = []
+        found = self.scan(dirfd)
         whiteouts: list[bytes] = []
         hides_all = False
-        for entry in self.scan(dirfd):
-            name = os.fsencode(entry.name)
-            if self._cannot_be_whiteout(directory, entry, name):
-                names.append(name)
-                continue
+        for name in self._possible_whiteouts(directory, found):
             st = self.stat(dirfd, name)
+            if st is not None and not self.is_whiteout(directory, name, st):
+                continue
+            del found[name]
             if st is None:
                 continue
-            if not self.is_whiteout(directory, name, st):
-                names.append(name)
-            elif name == marks.AUFS_OPAQUE and stat.S_ISREG(st.st_mode):
+            if name == marks.AUFS_OPAQUE and stat.S_ISREG(st.st_mode):
                 hides_all = True
             elif self._reads_aufs and name.startswith(marks.AUFS_PREFIX) and stat.S_ISREG(st.st_mode):
                 whiteouts.append(name[len(marks.AUFS_PREFIX) :])
             else:
                 whiteouts.append(name)
-        return Names(dict.fromkeys(names), frozenset(whiteouts), hides_all)
+        return Names(found, frozenset(whiteouts), hides_all)
 
-    def _cannot_be_whiteout(self, directory: LowerDir, entry: os.DirEntry[str], name: bytes) -> bool:
-        """By its type alone: no stat for the many entries that are plainly something else."""
-        if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
-            return True
-        if not entry.is_file(follow_symlinks=False):
-            return False
-        return not (self._reads_aufs and name.startswith(marks.AUFS_PREFIX)) and not self._has_xattr_whiteouts(directory)
+    def _possible_whiteouts(self, directory: LowerDir, found: dict[bytes, int]) -> list[bytes]:
+        """Those that are not plainly something else: no stat for the many that are."""
+        formats = set(found.values())
+        if stat.S_IFREG in formats and self._has_xattr_whiteouts(directory):
+            return [name for name, form in found.items() if form in (0, stat.S_IFREG)]
+        if self._reads_aufs:
+            return [name for name, form in found.items() if not form or (form == stat.S_IFREG and name.startswith(marks.AUFS_PREFIX))]
+        return [name for name, form in found.items() if not form] if 0 in formats else []
 
 
 _NOTHING = Names({}, frozenset(), False)
@@ -443,14 +429,6 @@ def tolerated(consequence: str) -> Iterator[None]:
 def readable_dir(dirfd: int) -> int:
     """A descriptor that reads, for the calls that refuse O_PATH."""
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
-
-
-def require_regular(fd: int) -> int:
-    """The descriptor, if it is of a regular file; else it is closed, and ESTALE."""
-    with closed_on_failure(fd):
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-    return fd
 
 
 @contextmanager

@@ -41,6 +41,12 @@ _BIG_ENDIAN, _ANY_ENDIAN, _PATH_UPPER = 1, 2, 4  # OVL_FH_FLAG_*
 _FB_CPU_ENDIAN = _BIG_ENDIAN if sys.byteorder == "big" else 0
 
 
+def may_be_whiteout(st: Stat) -> bool:
+    """Could this be a whiteout, of whatever kind? Of most objects it takes one look to know that they are not."""
+    form = stat.S_IFMT(st.st_mode)
+    return not st.st_size if form == stat.S_IFREG else form == stat.S_IFCHR
+
+
 def is_whiteout_device(st: Stat) -> bool:
     """Is this the kernel's whiteout, the character device 0/0?"""
     return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0

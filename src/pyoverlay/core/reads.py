@@ -8,18 +8,48 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from collections.abc import Sequence
 from typing import Protocol
 
+from pyoverlay.core.calls import proc_path
 from pyoverlay.core.syscalls import Stat
+
+_NOT_THERE = (errno.ENODATA, errno.EOPNOTSUPP)
 
 
 class Reads(Protocol):
-    """The calls, under their names. Each raises what the call does, but for what it says it returns instead."""
+    """The calls. Each raises what the system call does, but for what it says it returns instead."""
 
     def lstat(self, dirfd: int, name: bytes, /) -> Stat | None:
         """None: there is no such name, or it is too long for this file system, and so not there (ovl_lookup_single)."""
 
+    def lstat_all(self, dirfd: int, names: list[bytes], /) -> Sequence[Stat | None]:
+        """lstat of each. None also for one of which it fails, without saying so."""
+
     def fstat(self, fd: int, /) -> Stat: ...
+
+    def readlink(self, dirfd: int, name: bytes, /) -> bytes: ...
+
+    def open_regular(self, dirfd: int, name: bytes, flags: int, /) -> int:
+        """Descriptor of a regular file, no symlink followed. ESTALE: it is something else, which is not touched."""
+
+    def getxattr(self, dirfd: int, name: bytes, attribute: bytes, /) -> bytes:
+        """Of a name, a symlink's own; empty: of dirfd itself, which may be an O_PATH descriptor."""
+
+    def find_xattr(self, dirfd: int, name: bytes, attribute: bytes, /) -> bytes | None:
+        """The same; None: there is none, or this kind of file or file system has no such thing."""
+
+    def find_xattr_of(self, fd: int, attribute: bytes, /) -> bytes | None:
+        """The same of an open file."""
+
+    def listxattr(self, dirfd: int, name: bytes, /) -> list[bytes]:
+        """Of a name, as getxattr; empty where there is no such thing."""
+
+    def scan(self, fd: int, /) -> dict[bytes, int]:
+        """What a directory holds, but for "." and "..", in the order of the disk: names, each with S_IFREG, S_IFDIR or S_IFLNK; 0: it is
+        something else, or the file system does not say.
+        """
 
 
 class PlainReads:
@@ -35,5 +65,66 @@ class PlainReads:
                 return None
             raise
 
+    def lstat_all(self, dirfd: int, names: list[bytes], /) -> Sequence[Stat | None]:
+        found: list[Stat | None] = []
+        for name in names:
+            try:
+                found.append(self.lstat(dirfd, name))
+            except OSError:
+                found.append(None)
+        return found
+
     def fstat(self, fd: int, /) -> Stat:
         return os.fstat(fd)
+
+    def readlink(self, dirfd: int, name: bytes, /) -> bytes:
+        return os.readlink(name, dir_fd=dirfd)
+
+    def open_regular(self, dirfd: int, name: bytes, flags: int, /) -> int:
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dirfd)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def getxattr(self, dirfd: int, name: bytes, attribute: bytes, /) -> bytes:
+        return os.getxattr(proc_path(dirfd, name), attribute, follow_symlinks=not name)
+
+    def find_xattr(self, dirfd: int, name: bytes, attribute: bytes, /) -> bytes | None:
+        try:
+            return self.getxattr(dirfd, name, attribute)
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None
+            raise
+
+    def find_xattr_of(self, fd: int, attribute: bytes, /) -> bytes | None:
+        try:
+            return os.getxattr(fd, attribute)
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None
+            raise
+
+    def listxattr(self, dirfd: int, name: bytes, /) -> list[bytes]:
+        try:
+            return [os.fsencode(attribute) for attribute in os.listxattr(proc_path(dirfd, name), follow_symlinks=not name)]
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return []
+            raise
+
+    def scan(self, fd: int, /) -> dict[bytes, int]:
+        with os.scandir(fd) as entries:
+            return {os.fsencode(entry.name): _format(entry) for entry in entries}
+
+
+def _format(entry: os.DirEntry[str]) -> int:
+    if entry.is_symlink():
+        return stat.S_IFLNK
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR
+    return stat.S_IFREG if entry.is_file(follow_symlinks=False) else 0

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from pyoverlay.core import marks
 from pyoverlay.core.calls import Calls, Order, remove_tree
-from pyoverlay.core.layer import DescriptorCache, Layer, require_regular, tolerated
+from pyoverlay.core.layer import DescriptorCache, Layer, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.syscalls import Stat
 
@@ -97,7 +97,7 @@ class Upper(Layer):
     def _open_write(self, dirfd: int, name: bytes) -> int:
         if not self.is_clone:
             return self._open_regular(dirfd, name, os.O_RDWR)
-        return require_regular(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dirfd))
+        return self.reads.open_regular(dirfd, name, os.O_RDWR)
 
     def open_pinned(self, pin: int, flags: int) -> int:
         """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it; as `open_read`."""
@@ -115,6 +115,14 @@ class Upper(Layer):
             with self._open_to_owner(dirfd, name):
                 return super().read_xattr(dirfd, name, attribute)
 
+    def getxattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes | None:
+        """As of any layer; as `read_xattr` where the mode refuses it."""
+        try:
+            return super().getxattr(dirfd, name, attribute)
+        except PermissionError:
+            with self._open_to_owner(dirfd, name):
+                return super().getxattr(dirfd, name, attribute)
+
     def getmark_of(self, fd: int, mark: bytes) -> bytes | None:
         """As of any layer; as `read_xattr` where the mode refuses it."""
         try:
@@ -123,7 +131,7 @@ class Upper(Layer):
             with self._open_to_owner(fd, b""):
                 return super().getmark_of(fd, mark)
 
-    def scan(self, dirfd: int) -> list[os.DirEntry[str]]:
+    def scan(self, dirfd: int) -> dict[bytes, int]:
         """As of any layer, of a directory closed to its owner too: rmdir(2), which asks whether it is empty, needs no right to read it."""
         try:
             return super().scan(dirfd)

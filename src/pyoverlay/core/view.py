@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 from pyoverlay.core import marks
@@ -25,6 +25,7 @@ from pyoverlay.core.origins import Origins
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy, Uuid
+from pyoverlay.core.reads import Reads
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 
@@ -111,6 +112,11 @@ class View:
         self.data_files.close()
         for layer in (*self.lowers, *([self._upper] if self._upper is not None else [])):
             layer.close()
+
+    def read_by(self, reads: Reads) -> None:
+        """Have every layer read by these calls."""
+        for layer in (*self.lowers, *self.data_files.layers, *([self._upper] if self._upper is not None else [])):
+            layer.reads = reads
 
     def trim(self) -> None:
         """Close what the descriptor limit does not allow. Between operations only."""
@@ -397,17 +403,58 @@ class View:
         if parent.listing is not None and name not in parent.listing:
             return None
         if parent.in_upper:
-            upper = self.upper
-            st = upper.stat(self.upper_fd(parent), name)
+            upper, dirfd = self.upper, self.upper_fd(parent)
+            st = upper.stat(dirfd, name)
             if st is not None:
-                if stat.S_ISDIR(st.st_mode):
-                    return self._upper_directory(parent, name, st), st
-                if upper.is_whiteout(self.upper_fd(parent), name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts):
-                    return None
-                return self._upper_file(parent, name, st), st
-            if upper.reads_aufs and upper.has_aufs_whiteout(self.upper_fd(parent), name):
+                return self._shown_by_upper(parent, name, st)
+            if upper.reads_aufs and upper.has_aufs_whiteout(dirfd, name):
                 return None
         return self.lookup_lower(parent, name)
+
+    def lookup_all(self, parent: Directory, names: list[bytes]) -> Iterator[tuple[Inode, Stat] | OSError | None]:
+        """lookup of each, as they are taken; what it raises takes the answer's place. Where one layer alone holds the directory, all of
+        them are one call for their attributes: a listing of thousands is made of these.
+        """
+        for name, st in zip(names, self._stats(parent, names), strict=True):
+            try:
+                if st is None:
+                    found = self.lookup(parent, name)
+                elif parent.in_upper:
+                    found = self._shown_by_upper(parent, name, st)
+                else:
+                    found = self._shown_by_lower(parent, name, 0, st)
+            except OSError as error:
+                yield error
+            else:
+                yield found
+
+    def _stats(self, parent: Directory, names: list[bytes]) -> Sequence[Stat | None]:
+        """What the only layer that holds a directory says of names in it; None: that is for `lookup` to find out."""
+        if len(parent.lowers) + parent.in_upper == 1 and not (parent.lowers and parent.lowers[0].is_masked):
+            layer: Layer = self.upper if parent.in_upper else parent.lowers[0].layer
+            if layer.override is None:
+                return layer.reads.lstat_all(self.upper_fd(parent) if parent.in_upper else layer.dirfd(parent.lowers[0]), names)
+        return [None] * len(names)
+
+    def _shown_by_upper(self, parent: Directory, name: bytes, st: Stat) -> tuple[Inode, Stat] | None:
+        """The object that the upper has under a name; None: it is a whiteout."""
+        if stat.S_ISDIR(st.st_mode):
+            return self._upper_directory(parent, name, st), st
+        if marks.may_be_whiteout(st):
+            is_whiteout = self.upper.is_whiteout(self.upper_fd(parent), name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts)
+            if is_whiteout:
+                return None
+        return self._upper_file(parent, name, st), st
+
+    def _shown_by_lower(self, parent: Directory, name: bytes, index: int, st: Stat) -> tuple[Inode, Stat] | None:
+        """The same of a lower of a directory, by its place among parent.lowers."""
+        directory = parent.lowers[index]
+        if stat.S_ISDIR(st.st_mode):
+            return self._lower_directory(parent, name, index, st), st
+        if marks.may_be_whiteout(st) and directory.layer.is_whiteout(directory, name, st):
+            return None
+        inode = self._lower_file(parent, name, directory, st)
+        return inode, (self.stat(inode) if inode.in_upper else st)
 
     def report(self, parent: Directory, name: bytes, error: OSError) -> None:
         """Log, once for each path, that what a name stands for is refused."""
@@ -424,13 +471,7 @@ class View:
     def lookup_lower(self, parent: Directory, name: bytes) -> tuple[Inode, Stat] | None:
         """As lookup, as if the upper had nothing of that name."""
         found = self.find_lower(parent, name)
-        if found is None:
-            return None
-        index, st = found
-        if stat.S_ISDIR(st.st_mode):
-            return self._lower_directory(parent, name, index, st), st
-        inode = self._lower_file(parent, name, parent.lowers[index], st)
-        return inode, (self.stat(inode) if inode.in_upper else st)
+        return self._shown_by_lower(parent, name, *found) if found is not None else None
 
     def find_lower(self, parent: Directory, name: bytes) -> tuple[int, Stat] | None:
         """The first lower of a directory that shows a name, by its place among parent.lowers; None where none does or one hides it."""
@@ -446,7 +487,7 @@ class View:
             st = layer.stat(layer.dirfd(directory), name)
             if st is None:
                 continue
-            return None if layer.is_whiteout(directory, name, st) else (index, st)
+            return None if marks.may_be_whiteout(st) and layer.is_whiteout(directory, name, st) else (index, st)
         return None
 
     def _upper_directory(self, parent: Directory, name: bytes, st: Stat) -> Directory:
@@ -527,7 +568,7 @@ class View:
         key = key_of(UPPER, st.st_ino)
         inode = self.table.find(key)
         if inode is None:
-            metacopy = self._metacopy(self.upper, self.upper_fd(parent), name, st, parent.lowers)
+            metacopy = self._metacopy(self.upper, self.upper_fd(parent), name, parent.lowers) if marks.may_be_metacopy(st) else None
             inode = self._with_origin(parent, name, st)
             inode.in_upper = True
             inode.metacopy = metacopy
@@ -567,12 +608,14 @@ class View:
 
     def _lower_file(self, parent: Directory, name: bytes, directory: LowerDir, st: Stat) -> Inode:
         key = key_of(directory.layer.index, st.st_ino)
-        inode = self.table.find(key) or self._indexed(parent, name, directory, st)
+        inode = self.table.find(key)
+        if inode is None and self.index is not None:
+            inode = self._indexed(self.index, parent, name, directory, st)
         if inode is None:
             layer = directory.layer
-            metacopy = self._metacopy(layer, layer.dirfd(directory), name, st, _below(parent, directory))
             inode = Inode(self.table.number(layer.fs, st.st_ino), st.st_mode)
-            inode.metacopy = metacopy
+            if marks.may_be_metacopy(st):
+                inode.metacopy = self._metacopy(layer, layer.dirfd(directory), name, _below(parent, directory))
             inode.lower_links = st.st_nlink
             self.table.add(inode, key)
         if inode.lower_dir is None:
@@ -581,18 +624,20 @@ class View:
             inode.add_name(parent, name)
         return inode
 
-    def _indexed(self, parent: Directory, name: bytes, directory: LowerDir, st: Stat) -> Inode | None:
+    def _indexed(self, index: Index, parent: Directory, name: bytes, directory: LowerDir, st: Stat) -> Inode | None:
         """The copy of a lower file with several names, which one of the others was copied up by."""
-        if self.index is None or st.st_nlink == 1:
+        if st.st_nlink == 1:
             return None
         layer = directory.layer
-        index_name = self.index.name_of(Place(layer, layer.dirfd(directory), name))
-        real = self.index.copy_of(index_name, st) if index_name is not None else None
+        index_name = index.name_of(Place(layer, layer.dirfd(directory), name))
+        real = index.copy_of(index_name, st) if index_name is not None else None
         if real is None or index_name is None:
             return None
         inode = self.table.find(key_of(UPPER, real.st_ino))
         if inode is None:
-            metacopy = self._metacopy(self.upper, self.index.fd, index_name, real, _below(parent, directory, or_itself=True), name)
+            metacopy = None
+            if marks.may_be_metacopy(real):
+                metacopy = self._metacopy(self.upper, index.fd, index_name, _below(parent, directory, or_itself=True), name)
             inode = Inode(self.table.number(layer.fs, st.st_ino), st.st_mode)
             inode.in_upper = inode.has_origin = True
             inode.metacopy = metacopy
@@ -601,11 +646,9 @@ class View:
         self.table.add_key(inode, key_of(layer.index, st.st_ino))
         return inode
 
-    def _metacopy(
-        self, layer: Layer, dirfd: int, at: bytes, st: Stat, below: tuple[LowerDir, ...], name: bytes | None = None
-    ) -> Data | None:
+    def _metacopy(self, layer: Layer, dirfd: int, at: bytes, below: tuple[LowerDir, ...], name: bytes | None = None) -> Data | None:
         """Where the data of a file lie, if not with the rest of it. name: the file's, if it is not `at`."""
-        mark = layer.getmark(dirfd, at, marks.METACOPY) if marks.may_be_metacopy(st) else None
+        mark = layer.getmark(dirfd, at, marks.METACOPY)
         return self._merge.data(Place(layer, dirfd, at), mark, below, at if name is None else name) if mark is not None else None
 
     # -- listing
@@ -619,7 +662,7 @@ class View:
     def _names(self, directory: Directory) -> list[bytes]:
         if directory.is_orphan:
             return []
-        names: dict[bytes, None] = {}
+        names: dict[bytes, int] = {}
         hidden: set[bytes] = set()
         if directory.in_upper:
             self._add_upper_names(directory, names, hidden)
@@ -627,25 +670,26 @@ class View:
         for lower in directory.lowers:
             # Nothing asks the bottom one about single names, so its contents need not be kept.
             contents = lower.layer.read(lower) if lower is bottom else lower.layer.contents(lower)
-            names.update(contents.names if not hidden else ((name, None) for name in contents.names if name not in hidden))
+            names.update(contents.names if not hidden else ((name, 0) for name in contents.names if name not in hidden))
             if contents.hides_all:
                 break
             hidden |= contents.whiteouts
         return list(names)
 
-    def _add_upper_names(self, directory: Directory, names: dict[bytes, None], hidden: set[bytes]) -> None:
+    def _add_upper_names(self, directory: Directory, names: dict[bytes, int], hidden: set[bytes]) -> None:
         upper, dirfd = self.upper, self.upper_fd(directory)
-        for entry in upper.scan(dirfd):
-            name = os.fsencode(entry.name)
-            is_file = entry.is_file(follow_symlinks=False)
+        found = upper.scan(dirfd)
+        names.update(found)
+        if 0 not in found.values() and not directory.has_xattr_whiteouts and not upper.reads_aufs:
+            return
+        for name, form in found.items():
             is_aufs = upper.reads_aufs and name.startswith(marks.AUFS_PREFIX)
-            is_plain_file = is_file and not directory.has_xattr_whiteouts and not is_aufs
-            is_plain = is_plain_file or entry.is_symlink() or entry.is_dir(follow_symlinks=False)
-            st = None if is_plain else upper.stat(dirfd, name)
+            if form and (form != stat.S_IFREG or not (directory.has_xattr_whiteouts or is_aufs)):
+                continue
+            st = upper.stat(dirfd, name)
             if st is not None and upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=directory.has_xattr_whiteouts):
-                hidden.add(name[len(marks.AUFS_PREFIX) :] if is_aufs and is_file else name)
-            else:
-                names[name] = None
+                del names[name]
+                hidden.add(name[len(marks.AUFS_PREFIX) :] if is_aufs and stat.S_ISREG(st.st_mode) else name)
 
 
 def _below(parent: Directory, lower: LowerDir, *, or_itself: bool = False) -> tuple[LowerDir, ...]:

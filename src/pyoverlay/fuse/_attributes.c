@@ -24,21 +24,36 @@ static uint32_t encoded(dev_t device)
 	return (low & 0xff) | (high << 8) | ((low & ~0xffu) << 12);
 }
 
+void attributes_of(const struct stat *st, struct attr *out)
+{
+	*out = (struct attr){
+		.ino = st->st_ino, .size = (uint64_t)st->st_size, .blocks = (uint64_t)st->st_blocks,
+		.atime = (uint64_t)st->st_atim.tv_sec, .mtime = (uint64_t)st->st_mtim.tv_sec, .ctime = (uint64_t)st->st_ctim.tv_sec,
+		.atimensec = (uint32_t)st->st_atim.tv_nsec, .mtimensec = (uint32_t)st->st_mtim.tv_nsec, .ctimensec = (uint32_t)st->st_ctim.tv_nsec,
+		.mode = st->st_mode, .nlink = (uint32_t)st->st_nlink, .uid = st->st_uid, .gid = st->st_gid, .rdev = encoded(st->st_rdev),
+		.blksize = (uint32_t)st->st_blksize,
+	};
+}
+
+void attributes_shown(struct attr *attr, uint64_t node, int64_t links)
+{
+	attr->ino = node;
+	if (links != LANE_LINKS_AS_COUNTED)
+		attr->nlink = (uint32_t)links;
+	/* Delayed allocation: with 0 blocks `tar -S` would take a file with data for one hole. */
+	if (attr->size && !attr->blocks && S_ISREG(attr->mode))
+		attr->blocks = 1;
+}
+
 static bool reply_attributes(int device, const struct request *r, int fd, int links)
 {
 	struct stat st;
 
 	if (fstat(fd, &st) < 0)
 		return false;
-	struct attr_out out = { .valid = FOREVER, .attr = {
-		.ino = header_of(r)->nodeid, .size = (uint64_t)st.st_size,
-		/* Delayed allocation: with 0 blocks `tar -S` would take a file with data for one hole. */
-		.blocks = st.st_size && !st.st_blocks && S_ISREG(st.st_mode) ? 1 : (uint64_t)st.st_blocks,
-		.atime = (uint64_t)st.st_atim.tv_sec, .mtime = (uint64_t)st.st_mtim.tv_sec, .ctime = (uint64_t)st.st_ctim.tv_sec,
-		.atimensec = (uint32_t)st.st_atim.tv_nsec, .mtimensec = (uint32_t)st.st_mtim.tv_nsec, .ctimensec = (uint32_t)st.st_ctim.tv_nsec,
-		.mode = st.st_mode, .nlink = links == LANE_LINKS_AS_COUNTED ? (uint32_t)st.st_nlink : (uint32_t)links, .uid = st.st_uid, .gid = st.st_gid,
-		.rdev = encoded(st.st_rdev), .blksize = (uint32_t)st.st_blksize,
-	} };
+	struct attr_out out = { .valid = FOREVER };
+	attributes_of(&st, &out.attr);
+	attributes_shown(&out.attr, header_of(r)->nodeid, links);
 	reply_to(device, header_of(r)->unique, 0, &out, sizeof out);
 	return true;
 }

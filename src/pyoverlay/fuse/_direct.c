@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include "_direct.h"
+#include "_reads.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -16,7 +17,8 @@
 
 enum { LARGEST_REPLY = 1 << 20, DIRENT_AT = sizeof(struct entry_out), NAME_AT = DIRENT_AT + sizeof(struct dirent_out) };
 enum {                                       /* os.stat_result: its tuple, times as floats, then what the tuple lacks */
-	ST_MODE = 0, ST_SIZE = 6, ST_ATIME_NS = 13, ST_MTIME_NS = 14, ST_CTIME_NS = 15, ST_BLKSIZE = 16, ST_RDEV = 18, ST_FIELDS = 19,
+	ST_MODE = 0, ST_NLINK = 3, ST_UID = 4, ST_GID = 5, ST_SIZE = 6, ST_ATIME_NS = 13, ST_MTIME_NS = 14, ST_CTIME_NS = 15, ST_BLKSIZE = 16,
+	ST_BLOCKS = 17, ST_RDEV = 18,
 };
 
 static PyObject *handlers[OPCODES];
@@ -58,6 +60,27 @@ static const char *name_at(const struct request *r, size_t at, const char **next
 	if (next)
 		*next = name + strlen(name) + 1;
 	return name;
+}
+
+static PyObject *name_object(const struct request *r, size_t at)
+{
+	return PyBytes_FromString(name_at(r, at, NULL));
+}
+
+/* A call with one to three arguments, which are taken over; NULL ends them. A format would be parsed anew with every request. */
+static PyObject *call_with(PyObject *f, PyObject *first, PyObject *second, PyObject *third)
+{
+	PyObject *result = first && !PyErr_Occurred() ? PyObject_CallFunctionObjArgs(f, first, second, third, NULL) : NULL;
+
+	Py_XDECREF(first);
+	Py_XDECREF(second);
+	Py_XDECREF(third);
+	return result;
+}
+
+static PyObject *number(uint64_t value)
+{
+	return PyLong_FromUnsignedLongLong(value);
 }
 
 static PyObject *call_setattr(PyObject *f, const struct request *r)
@@ -142,34 +165,32 @@ static size_t fixed_size(uint32_t opcode)
 static PyObject *call(PyObject *f, const struct request *r)
 {
 	const struct in_header *h = header_of(r);
-	unsigned long long node = h->nodeid, number;
 	const struct read_in *read = (const void *)body_of(r);
+	uint64_t node = h->nodeid, other;
 	uint32_t flags;
 
 	switch (h->opcode) {
-	case OP_LOOKUP: case OP_UNLINK: case OP_RMDIR: case OP_REMOVEXATTR:
-		return PyObject_CallFunction(f, "Ky", node, name_at(r, 0, NULL));
-	case OP_GETATTR: case OP_READLINK: case OP_READ: case OP_WRITE:
-		return PyObject_CallFunction(f, "K", node);
+	case OP_LOOKUP: case OP_UNLINK: case OP_RMDIR: case OP_REMOVEXATTR: return call_with(f, number(node), name_object(r, 0), NULL);
+	case OP_GETATTR: case OP_READLINK: case OP_READ: case OP_WRITE: return call_with(f, number(node), NULL, NULL);
 	case OP_FORGET:
-		memcpy(&number, body_of(r), sizeof number);
-		return PyObject_CallFunction(f, "KK", node, number);
+		memcpy(&other, body_of(r), sizeof other);
+		return call_with(f, number(node), number(other), NULL);
 	case OP_SETATTR: return call_setattr(f, r);
 	case OP_MKNOD: return call_mknod(f, r);
 	case OP_MKDIR: return call_mkdir(f, r);
 	case OP_SYMLINK: return call_symlink(f, r);
 	case OP_RENAME: case OP_RENAME2: return call_rename(f, r);
 	case OP_LINK:
-		memcpy(&number, body_of(r), sizeof number);
-		return PyObject_CallFunction(f, "KKy", number, node, name_at(r, sizeof number, NULL));
-	case OP_GETXATTR: return PyObject_CallFunction(f, "Ky", node, name_at(r, 8, NULL));
-	case OP_LISTXATTR: return PyObject_CallFunction(f, "KI", node, h->uid);
+		memcpy(&other, body_of(r), sizeof other);
+		return call_with(f, number(other), number(node), name_object(r, sizeof other));
+	case OP_GETXATTR: return call_with(f, number(node), name_object(r, 8), NULL);
+	case OP_LISTXATTR: return call_with(f, number(node), number(h->uid), NULL);
 	case OP_SETXATTR: return call_setxattr(f, r);
-	case OP_READDIRPLUS: return PyObject_CallFunction(f, "KKI", node, (unsigned long long)read->offset, read->size);
+	case OP_READDIRPLUS: return call_with(f, number(node), number(read->offset), number(read->size));
 	case OP_COPY_FILE_RANGE: case OP_COPY_FILE_RANGE_64: return call_copy(f, r);
 	case OP_FSYNC: case OP_FSYNCDIR:
 		memcpy(&flags, body_of(r) + 8, sizeof flags);
-		return PyObject_CallFunction(f, "KI", node, flags & 1);
+		return call_with(f, number(node), number(flags & 1), NULL);
 	default:
 		return Py_NewRef(Py_NotImplemented);
 	}
@@ -200,23 +221,55 @@ static int64_t time_of(PyObject *st, Py_ssize_t at)
 	return ns;
 }
 
-/* (ino, os.stat_result, nlink, uid, gid, blocks). */
-static bool pack_attr(PyObject *shown, struct attr *out)
+static bool is_tuple(PyObject *object, Py_ssize_t size)
 {
-	if (!PyTuple_Check(shown) || PyTuple_Size(shown) != 6 || !PyTuple_Check(PyTuple_GetItem(shown, 1))) {
-		PyErr_SetString(PyExc_TypeError, "not what an object shows");
+	if (PyTuple_Check(object) && PyTuple_Size(object) == size)
+		return true;
+	PyErr_SetString(PyExc_TypeError, "not what was agreed");
+	return false;
+}
+
+/* What an os.stat_result says, but for what goes into it beside that. */
+static bool pack_stat_result(PyObject *st, struct attr *out)
+{
+	if (!PyTuple_Check(st) || PyTuple_Size(st) <= ST_GID) {
+		PyErr_SetString(PyExc_TypeError, "no attributes");
 		return false;
 	}
-	PyObject *st = PyTuple_GetItem(shown, 1);
 	*out = (struct attr){
-		.ino = number_in(shown, 0), .size = number_in(st, ST_SIZE), .blocks = number_in(shown, 5), .mode = (uint32_t)number_in(st, ST_MODE),
-		.nlink = (uint32_t)number_in(shown, 2), .uid = (uint32_t)number_in(shown, 3), .gid = (uint32_t)number_in(shown, 4),
+		.size = number_in(st, ST_SIZE), .mode = (uint32_t)number_in(st, ST_MODE), .nlink = (uint32_t)number_in(st, ST_NLINK),
+		.uid = (uint32_t)number_in(st, ST_UID), .gid = (uint32_t)number_in(st, ST_GID),
+		.blocks = PyLong_AsUnsignedLongLongMask(PyStructSequence_GetItem(st, ST_BLOCKS)),
 		.rdev = (uint32_t)PyLong_AsUnsignedLongLongMask(PyStructSequence_GetItem(st, ST_RDEV)),
 		.blksize = (uint32_t)PyLong_AsUnsignedLongLongMask(PyStructSequence_GetItem(st, ST_BLKSIZE)),
 	};
 	put_time(time_of(st, ST_ATIME_NS), &out->atime, &out->atimensec);
 	put_time(time_of(st, ST_MTIME_NS), &out->mtime, &out->mtimensec);
 	put_time(time_of(st, ST_CTIME_NS), &out->ctime, &out->ctimensec);
+	return !PyErr_Occurred();
+}
+
+/* (number, stat, links), and where they differ from the stat's (uid, gid, blocks). */
+static bool pack_attr(PyObject *shown, struct attr *out)
+{
+	Py_ssize_t size = PyTuple_Check(shown) ? PyTuple_Size(shown) : 0;
+	if (size != 3 && size != 6) {
+		PyErr_SetString(PyExc_TypeError, "not what an object shows");
+		return false;
+	}
+	PyObject *st = PyTuple_GetItem(shown, 1);
+	const struct attr *known = reads_attributes(st);
+	if (known)
+		*out = *known;
+	else if (!pack_stat_result(st, out))
+		return false;
+	attributes_shown(out, number_in(shown, 0), LANE_LINKS_AS_COUNTED);
+	out->nlink = (uint32_t)number_in(shown, 2);
+	if (size == 6) {
+		out->uid = (uint32_t)number_in(shown, 3);
+		out->gid = (uint32_t)number_in(shown, 4);
+		out->blocks = number_in(shown, 5);
+	}
 	return !PyErr_Occurred();
 }
 
@@ -240,17 +293,16 @@ static bool reply_entries(int device, const struct request *r, PyObject *list)
 
 	for (Py_ssize_t i = 0; data && i < count; i++) {
 		PyObject *item = PyList_GetItem(list, i);
-		unsigned long long offset;
-		const char *name;
+		char *name;
 		Py_ssize_t length;
-		PyObject *shown;
 		struct entry_out entry;
-		if (!PyArg_ParseTuple(item, "Ky#O", &offset, &name, &length, &shown) || !pack_entry(shown, &entry))
+		if (!is_tuple(item, 3) || PyBytes_AsStringAndSize(PyTuple_GetItem(item, 1), &name, &length) < 0
+			|| !pack_entry(PyTuple_GetItem(item, 2), &entry))
 			break;
 		size_t whole = (NAME_AT + (size_t)length + 7) & ~(size_t)7;
 		if (used + whole > size)
 			break;
-		struct dirent_out dirent = { entry.attr.ino, offset, (uint32_t)length, (entry.attr.mode & S_IFMT) >> 12 };
+		struct dirent_out dirent = { entry.attr.ino, number_in(item, 0), (uint32_t)length, (entry.attr.mode & S_IFMT) >> 12 };
 		memcpy(data + used, &entry, sizeof entry);
 		memcpy(data + used + DIRENT_AT, &dirent, sizeof dirent);
 		memcpy(data + used + NAME_AT, name, (size_t)length);
@@ -388,7 +440,7 @@ static enum direct_outcome forget_all(const struct request *r)
 	memcpy(&in, body_of(r), sizeof in);
 	for (size_t at = sizeof in; in.count && at + sizeof one <= body_size(r); in.count--, at += sizeof one) {
 		memcpy(&one, body_of(r) + at, sizeof one);
-		PyObject *result = PyObject_CallFunction(handlers[OP_FORGET], "KK", (unsigned long long)one.nodeid, (unsigned long long)one.nlookup);
+		PyObject *result = call_with(handlers[OP_FORGET], number(one.nodeid), number(one.nlookup), NULL);
 		if (!result)
 			PyErr_WriteUnraisable(handlers[OP_FORGET]);
 		Py_XDECREF(result);

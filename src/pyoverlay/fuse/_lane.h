@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/stat.h>
 
 #include "_protocol.h"
 
@@ -52,6 +53,10 @@ bool lane_answer(int device, struct request *r);
 
 /* fsync or fdatasync of fd, which is closed afterwards, by a thread where there is one; the reply comes from there. */
 void lane_sync(int device, const struct request *r, int fd);
+
+/* What stat(2) said, in the kernel's layout (_attributes.c). Then what a node shows of it: its number, and so many links unless as counted. */
+void attributes_of(const struct stat *st, struct attr *out);
+void attributes_shown(struct attr *attr, uint64_t node, int64_t links);
 
 /* GETATTR and SETATTR of a node that has its attributes, by a descriptor (_attributes.c). False: it takes a decision, and so Python. */
 bool answer_getattr(int device, const struct request *r, int fd, int links);

@@ -23,6 +23,7 @@
 #include "_direct.h"
 #include "_latency.h"
 #include "_notify.h"
+#include "_reads.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -669,6 +670,8 @@ static PyObject *finds_libfuse(PyObject *self, PyObject *unused)
 
 int wire_device(void) { return wire.device; }
 
+#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+
 static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "serve", serve, METH_VARARGS, NULL },
 	{ "request", request, METH_NOARGS, NULL },
@@ -683,6 +686,16 @@ static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "is_active", is_active, METH_NOARGS, NULL },
 	{ "is_interposed", is_interposed, METH_NOARGS, NULL },
 	{ "finds_libfuse", finds_libfuse, METH_NOARGS, NULL },
+	{ "lstat", FAST(reads_lstat), METH_FASTCALL, NULL },
+	{ "lstat_all", FAST(reads_lstat_all), METH_FASTCALL, NULL },
+	{ "fstat", reads_fstat, METH_O, NULL },
+	{ "readlink", FAST(reads_readlink), METH_FASTCALL, NULL },
+	{ "open_regular", FAST(reads_open_regular), METH_FASTCALL, NULL },
+	{ "getxattr", FAST(reads_getxattr), METH_FASTCALL, NULL },
+	{ "find_xattr", FAST(reads_find_xattr), METH_FASTCALL, NULL },
+	{ "find_xattr_of", FAST(reads_find_xattr_of), METH_FASTCALL, NULL },
+	{ "listxattr", FAST(reads_listxattr), METH_FASTCALL, NULL },
+	{ "scan", reads_scan, METH_O, NULL },
 	{ "notify_inval_inode", notify_inval_inode, METH_VARARGS, NULL },
 	{ "notify_inval_entry", notify_inval_entry, METH_VARARGS, NULL },
 	{ "notify_prune", notify_prune, METH_O, NULL },
@@ -696,5 +709,5 @@ static struct PyModuleDef module = { PyModuleDef_HEAD_INIT, "_wire", NULL, -1, m
 
 PyMODINIT_FUNC PyInit__wire(void)
 {
-	return PyModule_Create(&module);
+	return reads_prepare() < 0 ? NULL : PyModule_Create(&module);
 }

@@ -5,7 +5,7 @@ A *node* is the kernel's number of an inode, which with pyfuse3 is `st_ino`. All
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 class LaneCounts(TypedDict):
     """What needed no pyfuse3: requests answered by the receiver, requests given to C threads, requests answered by one plain call of
@@ -140,3 +140,33 @@ def copy_up_file(
 
 def make(dirfd: int, name: bytes, mode: int, caller: tuple[int, int, int], rdev: int, target: bytes, /) -> tuple[int, None]:
     """`core.calls.Calls.make`. For as long as the one system call takes, the thread has the caller's ids and the process its umask."""
+
+# -- core.reads.Reads
+
+class Stat:
+    """What lstat and fstat return: core.syscalls.Stat, and in a reply the kernel's own layout. Nothing else makes one."""
+
+    st_mode: Final[int]
+    st_ino: Final[int]
+    st_dev: Final[int]
+    st_nlink: Final[int]
+    st_uid: Final[int]
+    st_gid: Final[int]
+    st_size: Final[int]
+    st_blocks: Final[int]
+    st_blksize: Final[int]
+    st_rdev: Final[int]
+    st_atime_ns: Final[int]
+    st_mtime_ns: Final[int]
+    st_ctime_ns: Final[int]
+
+def lstat(dirfd: int, name: bytes, /) -> Stat | None: ...
+def lstat_all(dirfd: int, names: list[bytes], /) -> list[Stat | None]: ...
+def fstat(fd: int, /) -> Stat: ...
+def readlink(dirfd: int, name: bytes, /) -> bytes: ...
+def open_regular(dirfd: int, name: bytes, flags: int, /) -> int: ...
+def getxattr(dirfd: int, name: bytes, attribute: bytes, /) -> bytes: ...
+def find_xattr(dirfd: int, name: bytes, attribute: bytes, /) -> bytes | None: ...
+def find_xattr_of(fd: int, attribute: bytes, /) -> bytes | None: ...
+def listxattr(dirfd: int, name: bytes, /) -> list[bytes]: ...
+def scan(fd: int, /) -> dict[bytes, int]: ...

@@ -35,9 +35,12 @@ _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
 _SAID_OF_MARKS = (errno.EIO, errno.EPERM, errno.EINVAL, errno.ESTALE)
 
-Shown = tuple[int, Stat, int, int, int, int]
-"""What an object shows: its number, stat, and what differs from that: links, uid, gid, blocks."""
+Shown = tuple[int, Stat, int] | tuple[int, Stat, int, int, int, int]
+"""What an object shows: its number, stat, and links; and where the stat does not say what shows of these: uid, gid, blocks."""
 
+
+Entry = tuple[int, bytes, Inode, Stat]
+"""Of a directory: an offset behind it, its name, the object, its attributes."""
 
 # What a listing says of a name whose object is refused: with a type that there is none of, the kernel lists the name and takes no
 # attributes from here, so that it asks for them, and hears the errno.
@@ -58,17 +61,17 @@ class Answers:
     def __init__(self, view: View) -> None:
         self.view = view
         self.copying: Mapping[Inode, object] = {}
-        self.shows_writeback = False
         self.owners = None if view.owners.are_kept else view.owners
+        self.shows_writeback = False
         self._slow_until = 0.0
 
     def shown(self, inode: Inode, st: Stat) -> Shown:
-        uid, gid, blocks = st.st_uid, st.st_gid, self.view.blocks(inode, st)
-        if not blocks and (st.st_size or self.shows_writeback) and inode.is_regular:
-            # Delayed allocation, or data that only the page cache has yet. With 0 blocks `tar -S` would take the file for one hole.
-            blocks = 1
-        if self.owners is not None:
-            uid, gid = self.owners.shown(st)
+        if self.owners is None and inode.metacopy is None and not self.shows_writeback:
+            return inode.ino, st, self.view.nlink(inode, st)
+        uid, gid = (st.st_uid, st.st_gid) if self.owners is None else self.owners.shown(st)
+        blocks = self.view.blocks(inode, st)
+        if inode.is_regular and (st.st_size or self.shows_writeback):
+            blocks = max(blocks, 1)
         return inode.ino, st, self.view.nlink(inode, st), uid, gid, blocks
 
     def _looked_up(self, inode: Inode, st: Stat) -> Shown:
@@ -316,43 +319,64 @@ class Answers:
 
     # -- directories
 
-    def walk(self, ino: int, offset: int) -> Iterator[tuple[int, bytes, Inode, Stat]]:
-        """(offset, name, object, attributes) of a directory's entries past an offset, "." and ".." first."""
-        view = self.view
-        directory = view.directory(ino)
-        listing = view.listing(directory)
+    def walk(self, ino: int, offset: int) -> Iterator[Entry]:
+        """A directory's entries past an offset, "." and ".." first."""
+        directory = self.view.directory(ino)
+        listing = self.view.listing(directory)
+        yield from self._dots(directory, offset)
+        for one in listing.after(max(offset, _DOTDOT)):
+            yield from self._found(directory, [one])
+
+    def _dots(self, directory: Directory, offset: int) -> Iterator[Entry]:
         if offset < _DOT:
-            yield _DOT, b".", directory, view.stat(directory)
+            yield _DOT, b".", directory, self.view.stat(directory)
         if offset < _DOTDOT:
             above = directory.parent or directory
-            yield _DOTDOT, b"..", above, view.stat(above)
-        for place, name in listing.after(max(offset, _DOTDOT)):
-            try:
-                found = view.lookup(directory, name)
-            except OSError as error:
-                self._refused(directory, name, error)
-                found = _REFUSED
-            if found is not None:
+            yield _DOTDOT, b"..", above, self.view.stat(above)
+
+    def _found(self, directory: Directory, places: list[tuple[int, bytes]]) -> Iterator[Entry]:
+        """Of names, each with its offset, those that are there."""
+        lookups = self.view.lookup_all(directory, [name for _, name in places])
+        for (place, name), found in zip(places, lookups, strict=True):
+            if isinstance(found, OSError):
+                self._refused(directory, name, found)
+                yield place, name, *_REFUSED
+            elif found is not None:
                 yield place, name, *found
 
     def entries(self, ino: int, offset: int, room: int) -> list[tuple[int, bytes, Shown]]:
         """(offset, name, what it shows) of the entries past an offset, as many as a READDIRPLUS of so many bytes has room for.
 
-        All but "." and ".." give the kernel a reference. What fails after the first of them is for the next request to say.
+        All but "." and ".." give the kernel a reference.
         """
-        found: list[tuple[int, bytes, Shown]] = []
-        try:
-            for place, name, inode, st in self.walk(ino, offset):
-                room -= entry_size(name)
-                if room < 0:
-                    self.view.release(inode)
-                    break
-                inode.nlookup += name not in SELF_AND_ABOVE
-                found.append((place, name, self.shown(inode, st)))
-        except OSError:
-            if not found:
-                raise
-        return found
+        directory = self.view.directory(ino)
+        listing = self.view.listing(directory)
+        shown: list[tuple[int, bytes, Shown]] = []
+        for place, name, inode, st in self._dots(directory, offset):
+            room -= entry_size(name)
+            if room < 0:
+                return shown
+            shown.append((place, name, self.shown(inode, st)))
+        offset = max(offset, _DOTDOT)
+        while some := _fitting(listing.after(offset), room):
+            for offset, name, inode, st in self._found(directory, some):
+                inode.nlookup += 1
+                shown.append((offset, name, self.shown(inode, st)))
+            if shown:
+                break
+            offset, _ = some[-1]  # not one of these was there, and an empty answer would be the end of the listing
+        return shown
+
+
+def _fitting(places: Iterator[tuple[int, bytes]], room: int) -> list[tuple[int, bytes]]:
+    """The first of these whose entries have room."""
+    some = []
+    for place in places:
+        room -= entry_size(place[1])
+        if room < 0:
+            break
+        some.append(place)
+    return some
 
 
 def entry_size(name: bytes) -> int:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from pyoverlay.core.reads import Reads
+
 if TYPE_CHECKING:
     from pyoverlay.fuse import _wire
     from pyoverlay.fuse._wire import LaneCounts
@@ -24,7 +26,7 @@ Request = tuple[int, int, int, int, int, int, bytes]
 """Opcode, unique, node, uid, gid, pid, body."""
 
 
-class Wire(Protocol):
+class Wire(Reads, Protocol):
     """The extension's functions, for annotations; `_wire.pyi` says what each does."""
 
     def serve(

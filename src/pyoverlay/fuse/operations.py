@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -25,6 +26,7 @@ from pyoverlay.core import attributes, copyup
 from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Inode
 from pyoverlay.core.policy import Fsync
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
 from pyoverlay.fuse import detaching
 from pyoverlay.fuse.answers import SELF_AND_ABOVE, Answers, NotAtOnce, Shown
@@ -45,6 +47,11 @@ class Requester(Protocol):
     def gid(self) -> int: ...
     @property
     def umask(self) -> int: ...
+
+
+def blocks(st: Stat) -> int:
+    """Delayed allocation, or data that only the page cache has yet: with 0 blocks `tar -S` would take the file for one hole."""
+    return max(st.st_blocks, 1) if st.st_size and stat.S_ISREG(st.st_mode) else st.st_blocks
 
 
 T = TypeVar("T")
@@ -102,7 +109,8 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, shown: Shown) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino, st, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_blocks = shown
+        entry.st_ino, st, entry.st_nlink, *others = shown
+        entry.st_uid, entry.st_gid, entry.st_blocks = others or (st.st_uid, st.st_gid, blocks(st))
         entry.entry_timeout = FOREVER
         entry.attr_timeout = FOREVER
         entry.st_mode = st.st_mode

@@ -54,6 +54,7 @@ class WiredAnswers(Answers):
         super().__init__(view)
         self._wire = wire
         self._shows_what_is = view.policy.override is Override.NONE  # owners and modes are those on disk
+        view.read_by(wire)
         view.after_open = self._register
         view.before_drop = self._drop
         view.cache.before_close = self._unregister

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import stat
 from dataclasses import dataclass
 
 from pyoverlay.core.layer import Lower, LowerDir
@@ -74,10 +74,9 @@ class _Count:
         """Those of a directory, whose other entries are counted."""
         dirfd = self._layer.dirfd(directory)
         found = []
-        for entry in self._layer.scan(dirfd):
-            name = os.fsencode(entry.name)
-            is_directory = entry.is_dir(follow_symlinks=False)
-            st = self._layer.stat(dirfd, name) if not is_directory or self._masked else None
+        for name, form in self._layer.scan(dirfd).items():
+            st = self._layer.stat(dirfd, name) if form != stat.S_IFDIR or self._masked else None
+            is_directory = form == stat.S_IFDIR or (st is not None and stat.S_ISDIR(st.st_mode))
             if is_directory and (st is None or (st.st_dev, st.st_ino) not in self._masked):
                 found.append(LowerDir(self._layer, directory, name))
             elif not is_directory and st is not None and (st.st_nlink == 1 or st.st_ino not in self._linked):
