@@ -45,7 +45,7 @@ _FORGETTING = {2, 42, 3}  # FORGET, BATCH_FORGET, GETATTR
 class Calls:
     """The system calls of a daemon, apart from waiting: requests taken, replies, and everything else in between."""
 
-    def __init__(self, trace: list[str], device: int) -> None:
+    def __init__(self, trace: list[str], device: int, latency: set[str]) -> None:
         # The second word of a request is its opcode, whose lowest byte says all.
         taken = re.compile(rf'\d+\s+(?:read\({device}, |<\.\.\. read resumed>)"(?:\\x..){{4}}\\x(..)')
         self.requests = self.replies = 0
@@ -56,7 +56,7 @@ class Calls:
                 is_forgetting = int(request[1], 16) in _FORGETTING
                 self.requests += not is_forgetting
             call = _CALL.match(line)
-            if call is None or is_forgetting or call[1] in _WAITING:
+            if call is None or is_forgetting or call[1] in _WAITING or (call[1] == "write" and call[2] in latency):
                 continue
             is_reply = call[1] in ("write", "writev") and call[2] == str(device)
             self.replies += is_reply
@@ -70,7 +70,9 @@ class Calls:
 def calls_of(overlay: Overlay, act: Callable[[], object]) -> Calls:
     """What the daemon does while `act` runs: strace has attached before, and each reply is in the trace before `act` goes on."""
     (daemon,) = overlay.daemons()
-    (device,) = (int(fd) for fd in os.listdir(f"/proc/{daemon}/fd") if _target(daemon, fd) == "/dev/fuse")
+    targets = {fd: _target(daemon, fd) for fd in os.listdir(f"/proc/{daemon}/fd")}
+    (device,) = (int(fd) for fd, target in targets.items() if target == "/dev/fuse")
+    latency = {fd for fd, target in targets.items() if target == "/dev/cpu_dma_latency"}  # written when clients come and go
     trace = overlay.merged.with_name("trace")
     strace = subprocess.Popen(["strace", "-f", "-xx", "-o", trace, "-p", str(daemon)], stderr=subprocess.PIPE, text=True)
     assert strace.stderr is not None
@@ -79,7 +81,7 @@ def calls_of(overlay: Overlay, act: Callable[[], object]) -> Calls:
         act()
         strace.send_signal(signal.SIGINT)
         strace.wait(timeout=10)
-    return Calls(trace.read_text().splitlines(), device)
+    return Calls(trace.read_text().splitlines(), device, latency)
 
 
 def _target(pid: int, fd: str) -> str:
