@@ -41,6 +41,22 @@ def descriptors(few: Overlay) -> Iterator[list[int]]:
         os.close(fd)
 
 
+def _table(overlay: Overlay) -> tuple[int, int]:
+    """How many descriptors the daemon's table has room for, and the highest that is in use."""
+    (daemon,) = overlay.daemons()
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{daemon}/status").read_text().splitlines())
+    return int(fields["FDSize"]), max(int(entry.name) for entry in Path(f"/proc/{daemon}/fd").iterdir())
+
+
+def test_the_table_of_descriptors_is_wide_before_anybody_waits_for_it(overlay: OverlayFactory) -> None:
+    """A process with threads waits for milliseconds each time that the kernel doubles its table."""
+    mounted = overlay(LOWER)
+    wide, highest = _table(mounted)
+    for name in LOWER:
+        (mounted.merged / name).read_bytes()
+    assert highest < MANY < _table(mounted)[1] < wide == _table(mounted)[0]
+
+
 def test_more_files_are_open_than_the_daemon_may_keep_open(few: Overlay, descriptors: list[int]) -> None:
     for number, fd in enumerate(descriptors):
         os.pwrite(fd, b"%05d" % number, number)

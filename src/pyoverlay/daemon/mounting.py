@@ -5,6 +5,7 @@ Everything that opens a path comes before the mount. What is made before it is t
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -37,6 +38,8 @@ from pyoverlay.fuse.wired_calls import calls_for
 
 log = logging.getLogger(__name__)
 
+_WIDE = 4096  # descriptors for which there is room from the start: 32 KiB of the kernel's memory
+
 
 def serve(request: Request, announce: Callable[[], None]) -> None:
     """Mount what is asked for, call `announce` when the mount answers, return when it is gone.
@@ -45,6 +48,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
     """
     os.umask(0)  # the kernel has applied the caller's already
     _raise_descriptor_limit()
+    _widen_descriptor_table()
     privileged = refusals.is_privileged()
     if os.geteuid() == 0:
         syscalls.keep_capabilities_over_setfsuid()
@@ -153,6 +157,20 @@ def _raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # a hard limit past what the kernel grants now
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _widen_descriptor_table() -> None:
+    """Make room for descriptors before there is a second thread.
+
+    Each time that the kernel doubles the table of a process with several it waits until no processor reads the old one (expand_fdtable,
+    fs/file.c): 8 to 15 ms at 64, 128, 256 and so on, in which nobody was answered.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, min(soft, _WIDE) - 1))
+    finally:
+        os.close(fd)
 
 
 def _stop_signals(request: Request) -> tuple[signal.Signals, ...]:
