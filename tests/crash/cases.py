@@ -238,3 +238,7 @@ WITHOUT_DEVICES = {
     if name.startswith(("unlink", "rmdir", "create_over", "mkdir_over", "rename")) and not (case.metacopy or case.index or case.userxattr)
 }
 ALL = CASES | DURABLE | WITHOUT_DEVICES
+# What a write in place leaves, of which nobody said fsync, is the file system's affair: ext4 may have the new size with the old bytes.
+PUBLISHED = [name for name in RUNNABLE if name not in ("write_to_an_upper_file", "write_by_the_other_name")]
+# And what truncation leaves: ext4 and xfs put zeroes into the last block before the new size. That much only a disk's own log shows.
+IN_PLACE = frozenset(RUNNABLE).difference(PUBLISHED) | {"truncate_of_an_upper_file"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -22,3 +23,15 @@ def victims(own_mounts: None) -> Iterator[Victims]:
     """Processes to kill."""
     with Victims() as running:
         yield running
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str], record_testsuite_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """Says a figure where the run is watched, and in its report."""
+
+    def tell(name: str, figure: str) -> None:
+        record_testsuite_property(name, figure)
+        with capsys.disabled():
+            sys.stdout.write(f"\n{name}: {figure}\n")
+
+    return tell

@@ -47,18 +47,19 @@ class Image:
     def check(self) -> None:
         """fsck finds nothing, after the log was replayed. Leaves it mounted."""
         self.umount()
-        _run(*_CHECK[self.kind], str(self.file))
+        self.fsck()
         self.mount()
+
+    def fsck(self) -> None:
+        """Of what is not mounted: AssertionError if it finds anything."""
+        _run(*_CHECK[self.kind], str(self.file))
 
 
 @contextmanager
 def mounted_image(kind: str, directory: Path, size: int | None = None, arguments: Sequence[str] = ()) -> Iterator[Image]:
-    """A new file system of that kind, mounted in a directory of its own below this one.
-
-    The file lies in memory where there is room for it: every sync of these tests would else wait for what others write to the disk.
-    """
-    with tempfile.TemporaryDirectory(dir=_MEMORY if _has_room(size) else directory) as place:
-        image = Image(kind, Path(place) / f"{kind}.image", directory / kind)
+    """A new file system of that kind, mounted in a directory of its own below this one."""
+    with place_for_images(directory, size) as place:
+        image = Image(kind, place / f"{kind}.image", directory / kind)
         image.point.mkdir()
         image.make(size, arguments)
         image.mount()
@@ -66,6 +67,13 @@ def mounted_image(kind: str, directory: Path, size: int | None = None, arguments
             yield image
         finally:
             image.umount()
+
+
+@contextmanager
+def place_for_images(directory: Path, size: int | None = None) -> Iterator[Path]:
+    """In memory where there is room for it: every sync of these tests would else wait for what others write to the disk."""
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _has_room(size) else directory) as place:
+        yield Path(place)
 
 
 def _has_room(size: int | None) -> bool:

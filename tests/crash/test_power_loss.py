@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pyoverlay.core.policy import Fsync
-from tests.crash.cases import AT_ONCE, DURABLE, RUNNABLE
+from tests.crash.cases import AT_ONCE, DURABLE, PUBLISHED
 from tests.crash.images import Image, mounted_image
 from tests.crash.judges import Bed, difference
 from tests.crash.victim import Victims
@@ -66,12 +66,8 @@ def assert_old_or_new(victims: Victims, bed: ImageBed, name: str, steps: range |
         bed.image.check()
 
 
-# What a write in place leaves, of which nobody said fsync, is the file system's affair: ext4 may have the new size with the old bytes.
-NAMES = [name for name in RUNNABLE if name not in ("write_to_an_upper_file", "write_by_the_other_name")]
-
-
 @pytest.mark.parametrize("bed", ["ext4"], indirect=True)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_after_a_power_cut_the_tree_is_the_old_or_the_new_one(victims: Victims, bed: ImageBed, name: str) -> None:
     assert_old_or_new(victims, bed, name)
 
@@ -80,7 +76,7 @@ FEW = ["write_to_a_lower_file", "create_over_a_whiteout", "rename_of_a_merged_di
 
 
 @KINDS
-@pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED])
 def test_after_a_power_cut_at_any_call_the_tree_is_the_old_or_the_new_one(victims: Victims, bed: ImageBed, name: str) -> None:
     assert_old_or_new(victims, bed, name, range(1, 100))
 
