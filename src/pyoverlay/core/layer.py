@@ -168,7 +168,7 @@ class Layer:
         self.reads: Reads = PlainReads()
         self.override: bytes | None = None  # the attribute that has owner and mode, see `overrides`
         self._resolve = _RESOLVE if is_clone else _RESOLVE | syscalls.RESOLVE_NO_XDEV
-        self._noatime = os.O_NOATIME
+        self._noatime = os.O_NOATIME  # reading leaves no trace, where we may say so: for the owner and CAP_FOWNER (open(2))
 
     def close(self) -> None:
         os.close(self.root_fd)
@@ -216,16 +216,12 @@ class Layer:
         """Descriptor of the regular file that an O_PATH descriptor is of. ESTALE, and nothing is opened, where it is of something else."""
         if not stat.S_ISREG(os.fstat(pin).st_mode):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return self._open_noatime(None, proc_path(pin, b""), flags | os.O_CLOEXEC)
-
-    def _open_noatime(self, dirfd: int | None, name: bytes, flags: int) -> int:
-        """Reading leaves no trace, where we may say so: O_NOATIME is for the owner and for CAP_FOWNER (open(2))."""
         try:
-            return os.open(name, flags | self._noatime, dir_fd=dirfd)
+            return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC | self._noatime)
         except PermissionError:
             if not self._noatime:
                 raise
-            return os.open(name, flags, dir_fd=dirfd)
+            return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
 
     def knows_owner(self, dirfd: int, name: bytes, st: Stat) -> bool:
         """Is the overflow id, if an object shows it, surely its owner's or group's? For a user namespace in which this id is somebody's.
@@ -310,11 +306,12 @@ class Layer:
 
     def scan(self, dirfd: int) -> dict[bytes, int]:
         """The names in a directory and their formats, see `Reads`."""
-        fd = self._open_noatime(dirfd, b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            return self.reads.scan(fd)
-        finally:
-            os.close(fd)
+            return self.reads.scan(dirfd, self._noatime)
+        except PermissionError:
+            if not self._noatime:
+                raise
+            return self.reads.scan(dirfd, 0)
 
 
 class Lower(Layer):
@@ -403,6 +400,19 @@ class Lower(Layer):
 
 
 _NOTHING = Names({}, frozenset(), False)
+
+
+def next_with(name: bytes, lowers: Sequence[LowerDir], index: int) -> int:
+    """The first of these directories, from a place on, that has a name or has not been read yet; their number where none is left or one
+    that has been read hides the name in the rest. A hundred layers of which one has the name cost less than one call of `shows` each.
+    """
+    for at in range(index, len(lowers)):
+        contents = lowers[at].contents
+        if contents is None or name in contents.names:
+            return at
+        if contents.hides_all or name in contents.whiteouts:
+            break
+    return len(lowers)
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.inode import UPPER, Data
-from pyoverlay.core.layer import Layer, LowerDir, Place
+from pyoverlay.core.layer import Layer, LowerDir, Place, next_with
 from pyoverlay.core.syscalls import Stat
 
 Path = tuple[bytes, ...]
@@ -77,7 +77,7 @@ class Merge:
         found: list[LowerDir] = []
         first: Stat | None = None
         index = 0
-        while index < len(parents):
+        while (index := next_with(names[0], parents, index)) < len(parents):
             base = parents[index]
             index += 1
             step = self._descend(base, names, is_last=index == len(parents))
@@ -126,7 +126,10 @@ class Merge:
             if here is not base:
                 passed.append(here)
             here = LowerDir(layer, here, name, self._is_masked(layer, at, name, st))
-            if marks.OPAQUE in found and layer.getmark(at, name, marks.OPAQUE) == b"y":
+            opaque = layer.getmark(at, name, marks.OPAQUE) if marks.OPAQUE in found else None
+            if has_marks:
+                here.has_xattr_whiteouts = opaque == b"x"
+            if opaque == b"y":
                 hides_below = True
             elif marks.REDIRECT in found:
                 redirect = self.redirect(layer, at, name)

@@ -46,9 +46,9 @@ class Reads(Protocol):
     def listxattr(self, dirfd: int, name: bytes, /) -> list[bytes]:
         """Of a name, as getxattr; empty where there is no such thing."""
 
-    def scan(self, fd: int, /) -> dict[bytes, int]:
-        """What a directory holds, but for "." and "..", in the order of the disk: names, each with S_IFREG, S_IFDIR or S_IFLNK; 0: it is
-        something else, or the file system does not say.
+    def scan(self, dirfd: int, flags: int, /) -> dict[bytes, int]:
+        """What a directory holds, opened with these flags more, but for "." and "..", in the order of the disk: names, each with S_IFREG,
+        S_IFDIR or S_IFLNK; 0: it is something else, or the file system does not say.
         """
 
 
@@ -117,9 +117,13 @@ class PlainReads:
                 return []
             raise
 
-    def scan(self, fd: int, /) -> dict[bytes, int]:
-        with os.scandir(fd) as entries:
-            return {os.fsencode(entry.name): _format(entry) for entry in entries}
+    def scan(self, dirfd: int, flags: int, /) -> dict[bytes, int]:
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags, dir_fd=dirfd)
+        try:
+            with os.scandir(fd) as entries:
+                return {os.fsencode(entry.name): _format(entry) for entry in entries}
+        finally:
+            os.close(fd)
 
 
 def _format(entry: os.DirEntry[str]) -> int:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pyoverlay.core import marks
 from pyoverlay.core.index import Index
 from pyoverlay.core.inode import ROOT_INO, UPPER, Data, Directory, Inode, InodeTable, Key, Listing, key_of
-from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, closed_on_failure
+from pyoverlay.core.layer import DescriptorCache, Layer, Lower, LowerDir, Place, next_with
 from pyoverlay.core.merge import Merge
 from pyoverlay.core.metacopy import DataFiles
 from pyoverlay.core.origins import Origins
@@ -282,7 +282,7 @@ class View:
         else:
             self.require_owner(inode, errno.EACCES)
             fd = self.upper.open_write(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDWR)
-        with closed_on_failure(fd):
+        try:
             mark = layer.getmark_of(fd, marks.METACOPY)
             if mark is None:
                 return fd
@@ -293,6 +293,9 @@ class View:
                 parents = tuple(lower for lower in parents if lower.layer.index > layer.index)
             known_as = inode.name if inode.in_upper else inode.lower_name
             inode.metacopy = self._merge.data(Place(layer, dirfd, name), mark, parents, known_as)
+        except OSError:
+            os.close(fd)
+            raise
         os.close(fd)
         return -1
 
@@ -475,10 +478,12 @@ class View:
 
     def find_lower(self, parent: Directory, name: bytes) -> tuple[int, Stat] | None:
         """The first lower of a directory that shows a name, by its place among parent.lowers; None where none does or one hides it."""
-        several = len(parent.lowers) > 1
-        for index, directory in enumerate(parent.lowers):
+        lowers = parent.lowers
+        last, index = len(lowers) - 1, -1
+        while (index := next_with(name, lowers, index + 1)) <= last:
+            directory = lowers[index]
             layer = directory.layer
-            if directory.is_masked or (several and index < len(parent.lowers) - 1):
+            if index < last or directory.is_masked:
                 is_there, hides_below = layer.shows(directory, name)
                 if not is_there:
                     if hides_below:

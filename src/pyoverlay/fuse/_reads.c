@@ -143,20 +143,23 @@ static PyObject *new_stat(const struct stat *st)
 
 /* ---- the calls ---- */
 
-static bool take_descriptor(PyObject *object, int *fd)
+static bool takes(Py_ssize_t wanted, Py_ssize_t count)
 {
-	*fd = (int)PyLong_AsLong(object);
-	return *fd != -1 || !PyErr_Occurred();
+	if (count != wanted)
+		PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, not %zd", wanted, count);
+	return count == wanted;
+}
+
+static bool take_number(PyObject *object, int *number)
+{
+	*number = (int)PyLong_AsLong(object);
+	return *number != -1 || !PyErr_Occurred();
 }
 
 /* The first two arguments: a directory's descriptor and a name. False with an exception set. */
 static bool take_place(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t wanted, int *dirfd, char **name)
 {
-	if (count != wanted) {
-		PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, not %zd", wanted, count);
-		return false;
-	}
-	return take_descriptor(arguments[0], dirfd) && PyBytes_AsStringAndSize(arguments[1], name, NULL) == 0;
+	return takes(wanted, count) && take_number(arguments[0], dirfd) && PyBytes_AsStringAndSize(arguments[1], name, NULL) == 0;
 }
 
 PyObject *reads_lstat(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -207,13 +210,11 @@ PyObject *reads_lstat_all(PyObject *self, PyObject *const *arguments, Py_ssize_t
 	int dirfd;
 
 	(void)self;
-	if (count != 2 || !PyList_Check(arguments[1])) {
-		PyErr_SetString(PyExc_TypeError, "a descriptor and a list of names are wanted");
-		return NULL;
-	}
+	if (!takes(2, count) || !PyList_Check(arguments[1]))
+		return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a list of names is wanted");
 	Py_ssize_t names = PyList_Size(arguments[1]);
 	struct named *all = malloc((size_t)(names + 1) * sizeof *all);
-	PyObject *stats = !all ? PyErr_NoMemory() : take_descriptor(arguments[0], &dirfd) ? stats_for(arguments[1], all, names) : NULL;
+	PyObject *stats = !all ? PyErr_NoMemory() : take_number(arguments[0], &dirfd) ? stats_for(arguments[1], all, names) : NULL;
 	if (stats) {
 		Py_BEGIN_ALLOW_THREADS
 		for (Py_ssize_t i = 0; i < names; i++) {
@@ -237,7 +238,7 @@ PyObject *reads_fstat(PyObject *self, PyObject *fd)
 	int number, result;
 
 	(void)self;
-	if (!take_descriptor(fd, &number))
+	if (!take_number(fd, &number))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
 	result = fstat(number, &st);
@@ -264,13 +265,10 @@ PyObject *reads_open_regular(PyObject *self, PyObject *const *arguments, Py_ssiz
 {
 	struct stat st;
 	char *name;
-	int dirfd, fd, error = 0;
+	int dirfd, flags, fd, error = 0;
 
 	(void)self;
-	if (!take_place(arguments, count, 3, &dirfd, &name))
-		return NULL;
-	int flags = (int)PyLong_AsLong(arguments[2]);
-	if (PyErr_Occurred())
+	if (!take_place(arguments, count, 3, &dirfd, &name) || !take_number(arguments[2], &flags))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
 	fd = openat(dirfd, name, flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
@@ -471,17 +469,13 @@ static bool add_entries(PyObject *names, const char *buffer, ssize_t size)
 	return true;
 }
 
-PyObject *reads_scan(PyObject *self, PyObject *directory)
+static PyObject *names_in(int fd)
 {
 	enum { ROOM = 32 << 10 };
-	int fd;
 	ssize_t size = 0;
-
-	(void)self;
-	if (!take_descriptor(directory, &fd))
-		return NULL;
 	char *buffer = malloc(ROOM);
 	PyObject *names = buffer ? PyDict_New() : PyErr_NoMemory();
+
 	while (names) {
 		Py_BEGIN_ALLOW_THREADS
 		size = syscall(SYS_getdents64, fd, buffer, ROOM);
@@ -494,5 +488,22 @@ PyObject *reads_scan(PyObject *self, PyObject *directory)
 			Py_CLEAR(names);
 	}
 	free(buffer);
+	return names;
+}
+
+PyObject *reads_scan(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+	int dirfd, flags, fd;
+
+	(void)self;
+	if (!takes(2, count) || !take_number(arguments[0], &dirfd) || !take_number(arguments[1], &flags))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	fd = openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC | flags);
+	Py_END_ALLOW_THREADS
+	if (fd < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	PyObject *names = names_in(fd);
+	close(fd);
 	return names;
 }

@@ -20,6 +20,6 @@ PyObject *reads_getxattr(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 PyObject *reads_find_xattr(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
 PyObject *reads_find_xattr_of(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
 PyObject *reads_listxattr(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
-PyObject *reads_scan(PyObject *self, PyObject *directory);
+PyObject *reads_scan(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
 
 #endif

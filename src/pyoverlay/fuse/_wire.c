@@ -695,7 +695,7 @@ static PyMethodDef methods[] = {          /* documented in _wire.pyi */
 	{ "find_xattr", FAST(reads_find_xattr), METH_FASTCALL, NULL },
 	{ "find_xattr_of", FAST(reads_find_xattr_of), METH_FASTCALL, NULL },
 	{ "listxattr", FAST(reads_listxattr), METH_FASTCALL, NULL },
-	{ "scan", reads_scan, METH_O, NULL },
+	{ "scan", FAST(reads_scan), METH_FASTCALL, NULL },
 	{ "notify_inval_inode", notify_inval_inode, METH_VARARGS, NULL },
 	{ "notify_inval_entry", notify_inval_entry, METH_VARARGS, NULL },
 	{ "notify_prune", notify_prune, METH_O, NULL },

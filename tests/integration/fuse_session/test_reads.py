@@ -66,7 +66,7 @@ asked += [("find_xattr_of", fd, attribute) for fd in descriptors for attribute i
 many = os.open("many", os.O_RDONLY) if os.mkdir("many") is None else -1
 for number in range(3000):
     os.mknod(f"many/{number:0200}", stat.S_IFREG)
-asked += [("scan", fd) for fd in (os.open(".", os.O_RDONLY), many, here, descriptors[0], 999)]
+asked += [("scan", fd, flags) for fd in (os.open(".", os.O_RDONLY), many, here, descriptors[0], 999) for flags in (0, os.O_NOATIME)]
 for question in asked:
     plain = said(PlainReads(), *question)
     ours = said(wire, *question)
@@ -77,7 +77,7 @@ assert [said(wire, "lstat", here, name) for name in names[:-2] if name != b"file
 assert wire.lstat_all(here, [b"file/below"]) == PlainReads().lstat_all(here, [b"file/below"]) == [None]
 assert wire.lstat_all(here, []) == [] and wire.lstat_all(-1, [b"file"]) == [None]
 for wrong in ((), (here,), (here, "text"), ("text", b"name"), (here, b"name", 1, 2)):
-    for call in ("lstat", "readlink", "open_regular", "getxattr", "find_xattr", "find_xattr_of", "listxattr", "lstat_all"):
+    for call in ("lstat", "readlink", "open_regular", "getxattr", "find_xattr", "find_xattr_of", "listxattr", "lstat_all", "scan"):
         try:
             getattr(wire, call)(*wrong)
         except TypeError:
