@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include "_calls.h"
+#include "_reads.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,6 +22,12 @@ struct wanted {
 	const char *name, *target;
 	unsigned mode, uid, gid, umask;
 	unsigned long rdev;
+};
+
+struct made {
+	int fd;                              /* -1: nothing that is open */
+	bool is_known;                       /* whether what follows is its attributes */
+	struct stat st;
 };
 
 struct self {
@@ -59,17 +66,16 @@ static bool become(const struct wanted *w, struct self *self)
 	return false;
 }
 
-/* *fd: where it is open, or -1. */
-static bool make_one(const struct wanted *w, int *fd)
+static bool make_one(const struct wanted *w, struct made *made)
 {
 	switch (w->mode & S_IFMT) {
 	case S_IFREG:
 		if (!may_call("open"))
 			return false;
 		do
-			*fd = openat(w->dirfd, w->name, O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW | O_CLOEXEC, w->mode & 07777);
-		while (*fd < 0 && errno == EINTR);
-		return *fd >= 0;
+			made->fd = openat(w->dirfd, w->name, O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW | O_CLOEXEC, w->mode & 07777);
+		while (made->fd < 0 && errno == EINTR);
+		return made->fd >= 0;
 	case S_IFDIR:
 		return may_call("mkdir") && mkdirat(w->dirfd, w->name, w->mode & 07777) == 0;
 	case S_IFLNK:
@@ -79,30 +85,32 @@ static bool make_one(const struct wanted *w, int *fd)
 	}
 }
 
-static bool make_as_caller(const struct wanted *w, int *fd)
+static bool make_as_caller(const struct wanted *w, struct made *made)
 {
 	struct self self;
 
 	if (!become(w, &self))
 		return false;
-	bool is_made = make_one(w, fd);
+	bool is_made = make_one(w, made);
 	be_again(&self);
+	if (is_made)                         /* what cannot be looked at is for Python to find out, and to take back */
+		made->is_known = (made->fd >= 0 ? fstat(made->fd, &made->st) : fstatat(w->dirfd, w->name, &made->st, AT_SYMLINK_NOFOLLOW)) == 0;
 	return is_made;
 }
 
 PyObject *make_for_caller(PyObject *self, PyObject *args)
 {
 	struct wanted w;
-	int fd = -1;
+	struct made made = { .fd = -1, .is_known = false };
 	bool is_made;
 
 	(void)self;
 	if (!PyArg_ParseTuple(args, "iyI(III)ky", &w.dirfd, &w.name, &w.mode, &w.uid, &w.gid, &w.umask, &w.rdev, &w.target))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS               /* it may wait for a disk */
-	is_made = make_as_caller(&w, &fd);
+	is_made = make_as_caller(&w, &made);
 	Py_END_ALLOW_THREADS
 	if (!is_made)
 		return PyErr_SetFromErrno(PyExc_OSError);
-	return Py_BuildValue("iO", fd, Py_None);
+	return Py_BuildValue("iN", made.fd, made.is_known ? reads_stat(&made.st) : Py_NewRef(Py_None));
 }

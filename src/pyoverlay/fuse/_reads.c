@@ -132,7 +132,7 @@ static void fill(Stat *made, const struct stat *st)
 	made->rdev = st->st_rdev;
 }
 
-static PyObject *new_stat(const struct stat *st)
+PyObject *reads_stat(const struct stat *st)
 {
 	Stat *made = PyObject_New(Stat, (PyTypeObject *)stat_type);
 
@@ -175,7 +175,7 @@ PyObject *reads_lstat(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 	result = fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW);
 	Py_END_ALLOW_THREADS
 	if (result == 0)
-		return new_stat(&st);
+		return reads_stat(&st);
 	if (errno == ENOENT || errno == ENAMETOOLONG)
 		Py_RETURN_NONE;
 	return PyErr_SetFromErrno(PyExc_OSError);
@@ -243,7 +243,7 @@ PyObject *reads_fstat(PyObject *self, PyObject *fd)
 	Py_BEGIN_ALLOW_THREADS
 	result = fstat(number, &st);
 	Py_END_ALLOW_THREADS
-	return result == 0 ? new_stat(&st) : PyErr_SetFromErrno(PyExc_OSError);
+	return result == 0 ? reads_stat(&st) : PyErr_SetFromErrno(PyExc_OSError);
 }
 
 PyObject *reads_readlink(PyObject *self, PyObject *const *arguments, Py_ssize_t count)

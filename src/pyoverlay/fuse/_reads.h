@@ -8,6 +8,8 @@
 
 /* Makes the type. 0, or -1 with an exception set. */
 int reads_prepare(void);
+/* A Stat; NULL with an exception set. */
+PyObject *reads_stat(const struct stat *st);
 /* The attributes in a Stat; NULL: it is none. */
 const struct attr *reads_attributes(PyObject *object);
 

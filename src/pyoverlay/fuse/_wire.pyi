@@ -138,7 +138,7 @@ def copy_up_file(
 ) -> tuple[int, int, bool, bool, int] | None:
     """`core.calls.Calls.copy_up_file`, with the fields of a PlainFile."""
 
-def make(dirfd: int, name: bytes, mode: int, caller: tuple[int, int, int], rdev: int, target: bytes, /) -> tuple[int, None]:
+def make(dirfd: int, name: bytes, mode: int, caller: tuple[int, int, int], rdev: int, target: bytes, /) -> tuple[int, Stat | None]:
     """`core.calls.Calls.make`. For as long as the one system call takes, the thread has the caller's ids and the process its umask."""
 
 # -- core.reads.Reads

@@ -257,12 +257,14 @@ class Answers:
         change.rmdir(self.view, self.view.directory(parent), name)
 
     def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
-        for inode in self.to_copy_up_for_rename(old_parent, old_name, new_parent, new_name, flags):
-            self.copy_up(inode, attributes_only=True)
         view = self.view
-        if self.to_detach_for_rename(old_parent, old_name, new_parent, new_name, flags):
+        old, new = view.directory(old_parent), view.directory(new_parent)
+        if old.lowers or new.lowers:
+            for inode in self.to_copy_up_for_rename(old_parent, old_name, new_parent, new_name, flags):
+                self.copy_up(inode, attributes_only=True)
+        if view.policy.userxattr and self.to_detach_for_rename(old_parent, old_name, new_parent, new_name, flags):
             raise NotAtOnce
-        renaming.rename(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
+        renaming.rename(view, old, old_name, new, new_name, flags)
 
     def to_copy_up_for_unlink(self, parent: int, name: bytes) -> list[Inode]:
         """The file that has to be in the upper before a name of it goes: where an index counts its names."""

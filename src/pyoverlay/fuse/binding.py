@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pyoverlay.core.reads import Reads
+from pyoverlay.core.syscalls import Stat
 
 if TYPE_CHECKING:
     from pyoverlay.fuse import _wire
@@ -57,7 +58,7 @@ class Wire(Reads, Protocol):
     def copy_up_file(self) -> Callable[..., tuple[int, int, bool, bool, int] | None]: ...
     def make(
         self, dirfd: int, name: bytes, mode: int, caller: tuple[int, int, int], rdev: int, target: bytes, /
-    ) -> tuple[int, None]: ...
+    ) -> tuple[int, Stat | None]: ...
 
 
 def _load_wire() -> tuple[Wire | None, str]:
