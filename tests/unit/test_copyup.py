@@ -11,10 +11,14 @@ import pytest
 
 from pyoverlay.core import attributes, copyup
 from pyoverlay.core.attributes import Wanted
+from pyoverlay.core.calls import Calls, Order
 from pyoverlay.core.marks import decode_origin
+from pyoverlay.core.policy import Fsync
+from pyoverlay.core.view import failure
 from pyoverlay.testing import Device, Directory, Fifo, File, HardLink, Node, Socket, Symlink, Tree, snapshot
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import IS_ROOT, Faulty, Merged, Stack, mark, timeless
+from tests.unit.wired import WiredFaulty
 
 ACL_ACCESS = bytes.fromhex("02000000 01000600ffffffff 02000400e8030000 04000400ffffffff 10000600ffffffff 20000000ffffffff")
 CAPABILITY = bytes.fromhex("01000002 00200000 00000000 00000000 00000000")  # cap_net_raw=ep
@@ -49,11 +53,28 @@ ROOT_OBJECTS: dict[str, Node] = {
 }
 
 
+def is_file(name: str) -> bool:
+    return isinstance({**OBJECTS, **ROOT_OBJECTS}[name], File)
+
+
 @pytest.mark.parametrize("name", [*OBJECTS, *(ROOT_OBJECTS if IS_ROOT else {})])
 def test_a_copy_is_like_the_original_and_nothing_else_changed(stack: StackFactory, name: str) -> None:
+    assert_copy_is_like_original(stack, name)
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("name", [name for name in (*OBJECTS, *(ROOT_OBJECTS if IS_ROOT else {})) if is_file(name) and name != "sparse"])
+def test_a_copy_made_in_one_call_is_like_the_original_and_nothing_else_changed(stack: StackFactory, name: str) -> None:
+    calls = WiredFaulty(0, AssertionError())
+    assert_copy_is_like_original(stack, name, calls)
+    assert calls.at_once == 1
+
+
+def assert_copy_is_like_original(stack: StackFactory, name: str, calls: Calls | None = None) -> None:
     node = {**OBJECTS, **ROOT_OBJECTS}[name]
     one = stack({"d": Directory({"deep": Directory({name: node}, mtime_ns=OLD_NS)}, 0o711, mtime_ns=OLD_NS)})
     before = one.merged.tree()
+    one.merged.view.upper.calls = calls or one.merged.view.upper.calls
     copied(one.merged, f"d/deep/{name}")
     original, copy = (os.lstat(layer / "d/deep" / name) for layer in (one.lowers[0], one.upper))
     assert (copy.st_size, copy.st_atime_ns, copy.st_rdev) == (original.st_size, original.st_atime_ns, original.st_rdev)
@@ -107,6 +128,74 @@ def test_owner_then_attributes_then_mode_then_times_then_the_name(stack: StackFa
     setting = ["chown", "setxattr", "setxattr", "chmod", "utimens"]  # the file's own attribute and the origin
     data = ["open", "ficlone", "copy_file_range", "ftruncate"]
     assert order == [*data, *setting, "setxattr", "rename", "utimens"]  # impure, the name, the parent's
+
+
+ORDERS = {Order.NOTHING: [], Order.DATA: ["sync_file_range"], Order.DATA_AND_SIZE: ["fdatasync"], Order.ALL: ["fsync"]}
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("order", Order)
+def test_one_call_makes_the_same_system_calls_and_waits_for_the_disk_last(stack: StackFactory, order: Order) -> None:
+    """It says first that inode numbers are to be looked up, and has the disk work while it sets the attributes."""
+    one = stack({"file": File("content", 0o4755, xattrs={"user.one": b"1"})})
+    ordered(one, order)
+    calls = one.merged.view.upper.calls = WiredFaulty(0, AssertionError())
+    copied(one.merged, "file")
+    starting = ["sync_file_range"] if order is not Order.NOTHING else []
+    setting = ["setxattr", "setxattr", "chmod", "utimens"]
+    data = ["open", "ficlone", "pwrite", *starting]
+    assert calls.made == ["setxattr", *data, *setting, *ORDERS[order], "rename", "utimens"]
+
+
+def ordered(one: Stack, order: Order) -> None:
+    """As on a file system, and in a mount, in which so much has to be on disk."""
+    upper = one.merged.view.upper
+    upper.is_memory = False
+    upper.fsync = {Order.NOTHING: Fsync.VOLATILE, Order.ALL: Fsync.STRICT}.get(order, Fsync.ORDERED)
+    upper.keeps_order = order is Order.DATA
+    assert upper.order is order
+
+
+@pytest.mark.wire
+def test_a_file_system_that_will_not_share_blocks_is_asked_once(stack: StackFactory) -> None:
+    one = stack({"one": "1", "two": "2"})
+    calls = one.merged.view.upper.calls = WiredFaulty(0, failure(errno.EOPNOTSUPP))
+    calls.at = 3  # impure, open, and the question
+    copied(one.merged, "one")
+    copied(one.merged, "two")
+    assert calls.made.count("ficlone") == 1
+    assert one.merged.read("one") + one.merged.read("two") == b"12"
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("what", ["long", "sparse", "many attributes", "two names"])
+def test_what_one_call_does_not_make_is_made_in_steps(stack: StackFactory, what: str) -> None:
+    many = {f"user.{number:0120}": b"v" for number in range(20)}
+    lower: Tree = {
+        "long": File(bytes(range(256)) * 257),
+        "sparse": File("start", size=1 << 15),
+        "many attributes": File("x", xattrs=many),
+        "two names": "linked",
+        "other name": HardLink("two names"),
+    }
+    one = stack(lower)
+    before = one.merged.tree()
+    calls = one.merged.view.upper.calls = WiredFaulty(0, AssertionError())
+    copied(one.merged, what)
+    assert calls.at_once == 0
+    assert one.merged.tree() == before
+    assert (one.upper / what).stat().st_blocks <= (one.lowers[0] / what).stat().st_blocks
+    assert one.work_names() == []
+
+
+@pytest.mark.root  # `user.` marks do not say where data are
+@pytest.mark.wire
+def test_a_metacopy_that_nobody_took_for_one_gets_its_data(stack: StackFactory) -> None:
+    one = stack({"file": File("hole", xattrs={mark("metacopy"): b""})}, {"file": "data"})
+    calls = one.merged.view.upper.calls = WiredFaulty(0, AssertionError())
+    copied(one.merged, "file")
+    assert calls.at_once == 0
+    assert (one.upper / "file").read_text() == "data"
 
 
 def test_a_copy_bears_the_handle_of_its_original_and_its_directory_says_so(stack: StackFactory) -> None:

@@ -420,7 +420,7 @@ static enum direct_outcome act_on(int device, const struct request *r, PyObject 
 			reply_to(device, header_of(r)->unique, (int)-PyLong_AsLong(result), NULL, 0);
 		return DIRECT_ANSWERED;
 	}
-	if (opcode == OP_READ || opcode == OP_WRITE)
+	if (opcode == OP_READ || opcode == OP_WRITE || (opcode == OP_SETATTR && result == Py_None))
 		return DIRECT_READY;
 	if ((opcode == OP_FSYNC || opcode == OP_FSYNCDIR) && result != Py_None)
 		return DIRECT_SYNC;

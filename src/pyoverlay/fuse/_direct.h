@@ -13,7 +13,7 @@
 enum direct_outcome {
 	DIRECT_NOT_AT_ONCE,                  /* not answered */
 	DIRECT_ANSWERED,
-	DIRECT_READY,                        /* of a READ or WRITE: the lane has a descriptor now */
+	DIRECT_READY,                        /* of a READ, WRITE or SETATTR: the lane has a descriptor now */
 	DIRECT_SYNC,                         /* of an FSYNC: *fd, ours to close, is to be synced */
 };
 

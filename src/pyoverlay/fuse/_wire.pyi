@@ -37,7 +37,8 @@ def serve(
     `whole_request()`, and what it returns is the body of the reply. ValueError: an opcode below 0 or above 63.
     `direct` has a function for each opcode that is answered by a plain call, on the thread that receives, before pyfuse3 sees it; it gets
     the request's fields and returns what the reply says, a negative errno, or NotImplemented, which leaves the request to pyfuse3. What
-    each gets and returns is in `pyoverlay.fuse.direct`; a function for READ or WRITE registers a lane.
+    each gets and returns is in `pyoverlay.fuse.direct`; a function for READ or WRITE registers a lane, as one for
+    SETATTR may.
     """
 
 def request() -> tuple[int, int, int, int, int, int, bytes]:
@@ -125,8 +126,9 @@ def copy_up_file(
     new: bytes,
     size: int,
     most: int,
+    is_clone: bool,
     in_memory: bool,
-    clones: bool,
+    may_share: bool,
     order: int,
     uid: int,
     gid: int,

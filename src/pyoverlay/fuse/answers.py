@@ -171,6 +171,10 @@ class Answers:
         inode = self.view.inode(ino)
         return self.shown(inode, self.view.stat(inode))
 
+    def goes_to_lane(self, ino: int) -> bool:
+        """Before a change of attributes alone: copy up what it is about. Does the extension then make the change by itself?"""
+        return False
+
     def setattr(self, ino: int, wanted: attributes.Wanted, *, drops_privileges: bool) -> Shown:
         inode = self.view.inode(ino)
         if self.copy_up(inode, wanted.size, attributes_only=wanted.size is None):

@@ -1,7 +1,8 @@
 """What the receiver calls for a request, by opcode: the fields that the extension has taken out of it in, what it puts into the reply out.
 
 An OSError becomes its negative errno. Any other exception is our bug: EIO for this request, one log entry, and the mount goes on. What
-has to wait returns NotImplemented, and the request takes the way through pyfuse3. `_direct.c` is the other side of the table below.
+has to wait returns NotImplemented, and the request takes the way through pyfuse3. None in the place of attributes leaves it to the
+extension, which has a descriptor for it by then. `_direct.c` is the other side of the table below.
 """
 
 from __future__ import annotations
@@ -62,9 +63,11 @@ def functions(answers: Answers) -> dict[int, Direct]:
 
     def setattr_(
         ino: int, valid: int, mode: int, uid: int, gid: int, size: int, atime: int, atime_ns: int, mtime: int, mtime_ns: int
-    ) -> Shown:
-        now = time.time_ns()  # one for both times
+    ) -> Shown | None:
         owner = answers.owner(uid if valid & _UID else None, gid if valid & _GID else None)
+        if not valid & _SIZE and answers.goes_to_lane(ino):
+            return None
+        now = time.time_ns()  # one for both times
         wanted = Wanted(
             mode=mode if valid & _MODE else None,
             uid=owner[0],

@@ -98,6 +98,13 @@ class WiredAnswers(Answers):
         """The same to write to."""
         self.view.data_fd(self._copied_up(ino, attributes_only=False), write=True)
 
+    def goes_to_lane(self, ino: int) -> bool:
+        inode = self.view.inode(ino)
+        if inode.in_upper or not inode.is_regular:
+            return False  # what the lane can change of it, it has changed already
+        self.copy_up(inode, attributes_only=True)
+        return inode.is_writable and self._links(inode) >= 0
+
     # -- what is known not to be there
     #
     # With POSIX_ACL the kernel asks for the ACL of each inode that somebody but its owner uses, or that is changed; most have none. Once
