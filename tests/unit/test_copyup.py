@@ -141,7 +141,7 @@ def test_one_call_makes_the_same_system_calls_and_waits_for_the_disk_last(stack:
     ordered(one, order)
     calls = one.merged.view.upper.calls = WiredFaulty(0, AssertionError())
     copied(one.merged, "file")
-    starting = ["sync_file_range"] if order is not Order.NOTHING else []
+    starting = ["start_writeback"] if order is not Order.NOTHING else []
     setting = ["setxattr", "setxattr", "chmod", "utimens"]
     data = ["open", "ficlone", "pwrite", *starting]
     assert calls.made == ["setxattr", *data, *setting, *ORDERS[order], "rename", "utimens"]

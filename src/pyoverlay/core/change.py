@@ -111,7 +111,7 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
     inode = _require(view, parent, name)
     if isinstance(inode, Directory):
         raise failure(errno.EISDIR)
-    hides = has_lower(view, parent, name)
+    hides = has_lower(view, parent, name, inode)
     open_for_change(view, parent)
     count_names(view, inode, parent, name)
     is_upper = in_upper(view, parent, name, inode)
@@ -184,9 +184,15 @@ def in_upper(view: View, parent: Directory, name: bytes, inode: Inode) -> bool:
     return st is not None and not view.upper.is_whiteout(dirfd, name, st, has_xattr_whiteouts=parent.has_xattr_whiteouts)
 
 
-def has_lower(view: View, parent: Directory, name: bytes) -> bool:
-    """Would a lower show through if the upper had nothing under this name?"""
-    return bool(parent.lowers) and view.find_lower(parent, name) is not None
+def has_lower(view: View, parent: Directory, name: bytes, inode: Inode | None = None) -> bool:
+    """Would a lower show through if the upper had nothing under this name? inode: what has the name; where it is the top lower's, the disk
+    need not be asked.
+    """
+    if not parent.lowers:
+        return False
+    if inode is not None and inode.lower_dir is parent.lowers[0] and inode.lower_name == name:
+        return True
+    return view.find_lower(parent, name) is not None
 
 
 def ready_for_whiteouts(view: View, directory: Directory) -> None:

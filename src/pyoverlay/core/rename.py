@@ -38,7 +38,7 @@ from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WH
 from pyoverlay.core.view import View, failure
 
 
-class Entry(NamedTuple):
+class Side(NamedTuple):
     """One side of a rename. inode is None where nothing has the name."""
 
     parent: Directory
@@ -47,7 +47,12 @@ class Entry(NamedTuple):
 
 
 def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Directory, new_name: bytes, flags: int = 0) -> None:
-    """rename(2) and renameat2(2) in the merged view.
+    """rename(2) and renameat2(2) in the merged view, of names that are looked up here."""
+    move(view, side(view, old_parent, old_name), side(view, new_parent, new_name), flags)
+
+
+def move(view: View, old: Side, new: Side, flags: int = 0) -> None:
+    """The same of names that have just been looked up.
 
     Files must have been copied up (`copyup`), directories detached (`to_detach`), or it is done here, data and all. EXDEV: a directory of
     a lower, without redirects; with `user.` marks one that holds too much.
@@ -55,11 +60,10 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     """
     if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
         raise failure(errno.EINVAL)
-    old, new = _entry(view, old_parent, old_name), _entry(view, new_parent, new_name)
     if old.inode is None:
         raise failure(errno.ENOENT)
     is_exchange = bool(flags & RENAME_EXCHANGE)
-    for inode in (old_parent, new_parent, old.inode, new.inode):
+    for inode in (old.parent, new.parent, old.inode, new.inode):
         if inode is not None:
             view.require_owner(inode)
     for directory in _to_detach(view, old.inode, new, flags):
@@ -67,44 +71,44 @@ def rename(view: View, old_parent: Directory, old_name: bytes, new_parent: Direc
     if old.inode is new.inode and not isinstance(old.inode, Directory):
         return  # two links of one file: rename(2) does nothing
     view.upper.is_dirty = True
-    bring_up(view, old.inode, old_parent, old_name)
+    bring_up(view, old.inode, old.parent, old.name)
     if is_exchange and new.inode is not None:
-        bring_up(view, new.inode, new_parent, new_name)
-    copy_up_directory(view, new_parent)
-    _prepare_move(view, old.inode, old, new_parent)
+        bring_up(view, new.inode, new.parent, new.name)
+    copy_up_directory(view, new.parent)
+    _prepare_move(view, old.inode, old, new.parent)
     if is_exchange and new.inode is not None:
-        _prepare_move(view, new.inode, new, old_parent)
-        view.upper.calls.rename(view.upper_fd(old_parent), old_name, view.upper_fd(new_parent), new_name, RENAME_EXCHANGE)
+        _prepare_move(view, new.inode, new, old.parent)
+        view.upper.calls.rename(view.upper_fd(old.parent), old.name, view.upper_fd(new.parent), new.name, RENAME_EXCHANGE)
         _moved(view, new.inode, new, old)
     else:
         _replace(view, old, new)
-        if old_parent.listing is not None:
-            old_parent.listing.remove(old_name)
-        if new_parent.listing is not None:
-            new_parent.listing.add(new_name)
+        if old.parent.listing is not None:
+            old.parent.listing.remove(old.name)
+        if new.parent.listing is not None:
+            new.parent.listing.add(new.name)
     _moved(view, old.inode, old, new)
 
 
-def to_detach(view: View, old_parent: Directory, old_name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> list[Directory]:
+def to_detach(view: View, old: Side, new: Side, flags: int) -> list[Directory]:
     """The directories that a rename first has to make the upper's alone (`detach`). Raises what the rename would before that."""
     if not view.policy.userxattr:
         return []
-    old, new = _entry(view, old_parent, old_name), _entry(view, new_parent, new_name)
     return _to_detach(view, old.inode, new, flags) if old.inode is not None else []
 
 
-def _to_detach(view: View, old: Inode, new: Entry, flags: int) -> list[Directory]:
+def _to_detach(view: View, old: Inode, new: Side, flags: int) -> list[Directory]:
     _check(view, old, new, flags)
     moved = (old, new.inode if flags & RENAME_EXCHANGE else None)
     return [inode for inode in moved if isinstance(inode, Directory) and inode.lowers] if view.policy.userxattr else []
 
 
-def _entry(view: View, parent: Directory, name: bytes) -> Entry:
+def side(view: View, parent: Directory, name: bytes) -> Side:
+    """One side, looked up."""
     found = view.lookup(parent, name)
-    return Entry(parent, name, found[0] if found else None)
+    return Side(parent, name, found[0] if found else None)
 
 
-def _check(view: View, old: Inode, new: Entry, flags: int) -> None:
+def _check(view: View, old: Inode, new: Side, flags: int) -> None:
     if new.parent.is_orphan:
         raise failure(errno.ENOENT)
     require_nameable(view, new.name)
@@ -127,7 +131,7 @@ def _check(view: View, old: Inode, new: Entry, flags: int) -> None:
         raise failure(errno.ENOTDIR)
 
 
-def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None:
+def _prepare_move(view: View, inode: Inode, entry: Side, to: Directory) -> None:
     """The marks, which mean nothing as long as it stays where it is."""
     if isinstance(inode, Directory):
         if inode.lowers:
@@ -141,7 +145,7 @@ def _prepare_move(view: View, inode: Inode, entry: Entry, to: Directory) -> None
         mark_impure(view, to)
 
 
-def _set_redirect(view: View, directory: Directory, entry: Entry, *, is_same_parent: bool) -> None:
+def _set_redirect(view: View, directory: Directory, entry: Side, *, is_same_parent: bool) -> None:
     """One name while it stays in its parent, else the path from the root, both in the layers below (ovl_set_redirect)."""
     if directory.redirect is not None and (is_same_parent or directory.redirect.startswith(b"/")):
         return
@@ -150,9 +154,9 @@ def _set_redirect(view: View, directory: Directory, entry: Entry, *, is_same_par
     directory.redirect = redirect
 
 
-def _replace(view: View, old: Entry, new: Entry) -> None:
+def _replace(view: View, old: Side, new: Side) -> None:
     """Move over whatever the upper has under the new name, leaving a whiteout under the old one if a lower has that."""
-    leaves_whiteout = has_lower(view, old.parent, old.name)
+    leaves_whiteout = has_lower(view, old.parent, old.name, old.inode)
     if new.inode is not None:
         count_names(view, new.inode, new.parent, new.name)
     is_upper = new.inode is not None and in_upper(view, new.parent, new.name, new.inode)
@@ -167,7 +171,7 @@ def _replace(view: View, old: Entry, new: Entry) -> None:
     _replaced(view, new.inode, new, was_lower_name=not is_upper)
 
 
-def _move(view: View, old: Entry, new: Entry, *, leaves_whiteout: bool, is_upper: bool) -> None:
+def _move(view: View, old: Side, new: Side, *, leaves_whiteout: bool, is_upper: bool) -> None:
     upper = view.upper
     from_fd, to_fd = view.upper_fd(old.parent), view.upper_fd(new.parent)
     # Over a whiteout is a matter for more than one call only where a whiteout comes to the old name or a directory to the new one.
@@ -184,7 +188,7 @@ def _move(view: View, old: Entry, new: Entry, *, leaves_whiteout: bool, is_upper
         upper.calls.rename(from_fd, old.name, to_fd, new.name, RENAME_WHITEOUT if leaves_whiteout else 0)
 
 
-def _replace_leaving_file(view: View, old: Entry, new: Entry, *, is_upper: bool, over_whiteout: bool) -> None:
+def _replace_leaving_file(view: View, old: Side, new: Side, *, is_upper: bool, over_whiteout: bool) -> None:
     """As _replace where the file system has no RENAME_WHITEOUT: what is exchanged for the old name is a whiteout before or after.
 
     Killed in between, the old name shows what was replaced: nothing is lost.
@@ -197,7 +201,7 @@ def _replace_leaving_file(view: View, old: Entry, new: Entry, *, is_upper: bool,
         exchange_for_whiteout(view, old.parent, old.name)
 
 
-def _empty(view: View, directory: Directory, entry: Entry) -> None:
+def _empty(view: View, directory: Directory, entry: Side) -> None:
     """A directory that shows nothing may hold whiteouts: put a really empty one of the same attributes in its place (ovl_clear_empty)."""
     upper, dirfd = view.upper, view.upper_fd(entry.parent)
     if not upper.scan(view.upper_fd(directory)):
@@ -219,7 +223,7 @@ def _empty(view: View, directory: Directory, entry: Entry) -> None:
         upper.discard(temporary)
 
 
-def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -> None:
+def _replaced(view: View, inode: Inode, entry: Side, *, was_lower_name: bool) -> None:
     inode.remove_name(entry.parent, entry.name)
     if isinstance(inode, Directory):
         inode.listing = Listing()
@@ -230,7 +234,7 @@ def _replaced(view: View, inode: Inode, entry: Entry, *, was_lower_name: bool) -
     view.release(inode)
 
 
-def _moved(view: View, inode: Inode, old: Entry, new: Entry) -> None:
+def _moved(view: View, inode: Inode, old: Side, new: Side) -> None:
     """Take note of a new name."""
     inode.remove_name(old.parent, old.name)
     inode.add_name(new.parent, new.name)

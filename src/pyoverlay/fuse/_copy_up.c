@@ -223,11 +223,11 @@ static bool copy_data(struct job *j)
 }
 
 /* The disk then works while the attributes are set, which is a tenth of the time that it takes. */
-static bool start_writing(const struct job *j)
+static bool start_writeback(const struct job *j)
 {
 	if (j->order == AS_IT_COMES || !j->length)
 		return true;
-	return may_call("sync_file_range") && sync_file_range(j->copy_fd, 0, 0, SYNC_FILE_RANGE_WRITE) == 0;
+	return may_call("start_writeback") && sync_file_range(j->copy_fd, 0, 0, SYNC_FILE_RANGE_WRITE) == 0;
 }
 
 /* The data before the name: an empty file after a power cut is what the rename would otherwise leave. */
@@ -316,7 +316,7 @@ static bool make(struct job *j)
 	mode_t mode = (j->source.st_mode & 0777) | 0600;
 
 	j->copy_fd = may_call("open") ? openat(j->work_fd, j->temporary, O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW | O_CLOEXEC, mode) : -1;
-	return j->copy_fd >= 0 && fstat(j->copy_fd, &j->copy) == 0 && copy_data(j) && start_writing(j) && set_owner(j)
+	return j->copy_fd >= 0 && fstat(j->copy_fd, &j->copy) == 0 && copy_data(j) && start_writeback(j) && set_owner(j)
 		&& set_xattrs(j) && set_origin(j) && set_mode_and_times(j) && put_on_disk(j) && give_name(j);
 }
 

@@ -22,6 +22,7 @@ from pyoverlay.core.copyup_directory import copy_up_directory
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.policy import Fsync, Verity
+from pyoverlay.core.rename import Side
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, Stat
 from pyoverlay.core.view import View, failure
 
@@ -261,42 +262,40 @@ class Answers:
         change.rmdir(self.view, self.view.directory(parent), name)
 
     def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
-        view = self.view
-        old, new = view.directory(old_parent), view.directory(new_parent)
-        if old.lowers or new.lowers:
-            for inode in self.to_copy_up_for_rename(old_parent, old_name, new_parent, new_name, flags):
-                self.copy_up(inode, attributes_only=True)
-        if view.policy.userxattr and self.to_detach_for_rename(old_parent, old_name, new_parent, new_name, flags):
+        old, new = self._sides(old_parent, old_name, new_parent, new_name)
+        for inode in self._to_copy_up_for_rename(old, new, flags):
+            self.copy_up(inode, attributes_only=True)
+        if renaming.to_detach(self.view, old, new, flags):
             raise NotAtOnce
-        renaming.rename(view, old, old_name, new, new_name, flags)
+        renaming.move(self.view, old, new, flags)
+
+    def _sides(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes) -> tuple[Side, Side]:
+        view = self.view
+        return renaming.side(view, view.directory(old_parent), old_name), renaming.side(view, view.directory(new_parent), new_name)
 
     def to_copy_up_for_unlink(self, parent: int, name: bytes) -> list[Inode]:
         """The file that has to be in the upper before a name of it goes: where an index counts its names."""
-        directory = self.view.directory(parent)
-        found = self.view.lookup(directory, name) if self.view.index is not None and directory.lowers else None
-        if found is None or not found[0].is_regular or found[0].in_upper or found[0].lower_links == 1:
+        if self.view.index is None:
             return []
-        return [found[0]]
+        return self._counted_in_lower(renaming.side(self.view, self.view.directory(parent), name).inode)
+
+    def _counted_in_lower(self, inode: Inode | None) -> list[Inode]:
+        if self.view.index is None or inode is None or not inode.is_regular or inode.in_upper or inode.lower_links == 1:
+            return []
+        return [inode]
 
     def to_detach_for_rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> list[Directory]:
         """The directories that have to be the upper's alone before (`core.detach`)."""
-        view = self.view
-        return renaming.to_detach(view, view.directory(old_parent), old_name, view.directory(new_parent), new_name, flags)
+        return renaming.to_detach(self.view, *self._sides(old_parent, old_name, new_parent, new_name), flags)
 
     def to_copy_up_for_rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> list[Inode]:
         """The files that a rename has to have in the upper."""
-        sides = [(old_parent, old_name)]
-        if flags & RENAME_EXCHANGE:
-            sides.append((new_parent, new_name))
-        missing = []
-        for parent, name in sides:
-            directory = self.view.directory(parent)
-            found = self.view.lookup(directory, name) if directory.lowers else None  # what the upper alone has is there
-            if found is not None and found[0].is_regular and not found[0].in_upper:
-                missing.append(found[0])
-        if not flags & RENAME_EXCHANGE:
-            missing += self.to_copy_up_for_unlink(new_parent, new_name)
-        return missing
+        return self._to_copy_up_for_rename(*self._sides(old_parent, old_name, new_parent, new_name), flags)
+
+    def _to_copy_up_for_rename(self, old: Side, new: Side, flags: int) -> list[Inode]:
+        moved = (old.inode, new.inode) if flags & RENAME_EXCHANGE else (old.inode,)
+        missing = [inode for inode in moved if inode is not None and inode.is_regular and not inode.in_upper]
+        return missing if flags & RENAME_EXCHANGE else missing + self._counted_in_lower(new.inode)
 
     # -- files
 
