@@ -20,12 +20,14 @@ from pathlib import Path
 import pytest
 
 from pyoverlay import registry
-from pyoverlay.testing import Device, File, Overlay, OverlayFactory, make_tree
+from pyoverlay.testing import Device, File, Overlay, OverlayFactory, make_tree, witness
 from pyoverlay.testing.mounts import command
+from tests.integration.images import imported
 from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER, with_fuse
 from tests.integration.unprivileged import as_user as by_user
 from tests.posix.check import NOBODY, as_user, fails
 from tests.posix.system_calls import ACL_ACCESS, ACL_DEFAULT, ACL_GROUP_OBJ, ACL_MASK, ACL_OTHER, ACL_USER, ACL_USER_OBJ, acl
+from tests.unit.archives import Item, archive, directory, file, link, symlink
 
 pytestmark = pytest.mark.root
 
@@ -369,3 +371,43 @@ def test_cve_2018_10906_a_source_s_name_is_no_option_of_fusermount3(home: Path, 
     assert "nosuid,nodev" in options.split()[5]
     assert "allow_other" in source.split()[1]
     assert "allow_other" not in source.split()[2]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [file(b"../outside/file", b"PLANTED")],
+        [symlink(b"l", b"../outside"), file(b"l/file", b"PLANTED")],
+        [symlink(b"l", b"../outside"), link(b"h", b"l/file"), file(b"h", b"PLANTED")],
+        [directory(b"d" * 200), *(symlink(b"l%d" % n, b"d" * 200 + b"/.." * 60) for n in range(70)), file(b"l69/outside/file", b"PLANTED")],
+    ],
+    ids=["2007-4559 upwards", "2007-4559 through a symlink", "2018-15664 by a hard link", "2025-4517 past PATH_MAX"],
+)
+def test_cve_2007_4559_2018_15664_2025_4517_no_member_of_an_archive_lands_outside(tmp_path: Path, members: list[Item]) -> None:
+    make_tree(tmp_path, {"outside": {"file": "untouched"}, "store": {}})
+    before = witness(tmp_path / "outside")
+    (tmp_path / "layer.tar").write_bytes(archive(*members))
+    result = imported(tmp_path / "layer.tar", tmp_path / "store", check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert witness(tmp_path / "outside") == before
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file() and b"PLANTED" in path.read_bytes()] == []
+
+
+def test_cve_2024_9676_a_symlink_or_a_fifo_in_a_layer_leads_no_tool_outside_and_holds_none_up(overlay: OverlayFactory) -> None:
+    """podman followed /etc/passwd of a container's layer to a file of the host, or to a fifo for ever."""
+    made = overlay({"lower": "x"})
+    outside = made.merged.parent / "outside"
+    make_tree(outside.parent, {"outside": {"passwd": "SECRET"}})
+    for layer in (made.merged, made.writable):
+        (layer / f"in-{layer.name}").symlink_to(outside / "passwd")
+        (layer / f"dir-in-{layer.name}").symlink_to(outside)
+        os.mkfifo(layer / f"fifo-in-{layer.name}")
+    for arguments in (["export"], ["diff"], ["commit"], ["which"]):
+        more = [made.merged.parent / "layout:new"] if arguments == ["commit"] else []
+        paths = sorted(made.merged.iterdir()) if arguments == ["which"] else [made.merged]
+        result = subprocess.run(command(*arguments, *paths, *more), check=False, capture_output=True, timeout=30)
+        assert result.returncode == 0, result.stderr
+        assert b"SECRET" not in result.stdout
+    written = (path for path in (made.merged.parent / "layout").rglob("*") if path.is_file())
+    assert all(b"SECRET" not in path.read_bytes() for path in written)
+    assert subprocess.run(command("ps", "-s"), check=True, capture_output=True, timeout=30).stderr == b""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyoverlay.core.inode import Directory as MergedDirectory
+from pyoverlay.core.layer import Layer
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.stack import open_view
 from pyoverlay.testing import Directory, File, HardLink, Symlink, Tree, Whiteout
@@ -90,6 +91,19 @@ def test_a_name_too_long_for_any_layer_is_refused(stack: StackFactory) -> None:
     with pytest.raises(OSError) as caught:
         one.merged.exists("d/" + "n" * 256)
     assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_cve_2026_31694_a_name_longer_than_names_may_be_is_not_listed(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lower that is FUSE itself may list names of 4095 bytes, which made the kernel overflow a page where they were passed on."""
+    one = stack({"d": {"x" * 255: "", "plain": ""}})
+    scan = Layer.scan
+
+    def with_long_names(layer: Layer, dirfd: int) -> dict[bytes, int]:
+        found = scan(layer, dirfd)
+        return found | {name + b"x": kind for name, kind in found.items() if name.startswith(b"x")}
+
+    monkeypatch.setattr(Layer, "scan", with_long_names)
+    assert sorted(one.merged.listdir("d")) == ["plain", "x" * 255]
 
 
 def test_any_bytes_are_a_name(stack: StackFactory) -> None:

@@ -31,6 +31,7 @@ from pyoverlay.core.upper import Upper
 
 log = logging.getLogger(__name__)
 
+_NAME_MAX = 255  # bytes, <linux/limits.h>
 _MAX_REPORTED = 1000  # paths whose refusal was logged: each is logged once
 
 
@@ -679,7 +680,8 @@ class View:
             if contents.hides_all:
                 break
             hidden |= contents.whiteouts
-        return list(names)
+        # A lower that is FUSE itself may have longer names, which the kernel asks nobody for and has been known to overflow buffers with.
+        return [name for name in names if len(name) <= _NAME_MAX]
 
     def _add_upper_names(self, directory: Directory, names: dict[bytes, int], hidden: set[bytes]) -> None:
         upper, dirfd = self.upper, self.upper_fd(directory)
