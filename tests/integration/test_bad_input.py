@@ -21,6 +21,7 @@ import pytest
 from pyoverlay.daemon import locks
 from pyoverlay.testing import mounts_below
 from pyoverlay.testing.mounts import command, processes_marked
+from tests.posix.check import fails
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ def second(place: Place) -> Path:
 
 @pytest.fixture
 def mounted(place: Place) -> Iterator[Place]:
+    (place.lower / "of_the_lower").touch()
     assert mount(place.lower, place.upper, place.merged).returncode == 0
     yield place
     assert subprocess.run(command("umount", place.merged), check=False, timeout=30).returncode == 0
@@ -360,6 +362,36 @@ def test_a_directory_of_the_kernels_own_overlay(place: Place, second: Path, role
         f"{place.upper if role == 'upper' else work}: already the {role}dir of the kernel's overlay at {place.merged}"
         f" (Device or resource busy); umount {place.merged} first\n"
     )
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("work", ["another", "the same"])
+def test_the_kernels_overlay_over_our_live_upper_loses_nothing(mounted: Place, second: Path, work: str) -> None:
+    """It looks at no lock of ours, mounts, and clears the work directory that it is given, which may be the one in use. What needs that
+    fails from then on; what was written stays, and what needs none goes on.
+    """
+    for name in ("removed", "changed", "later"):
+        (mounted.merged / name).write_text(name)
+    workdir = mounted.work if work == "the same" else mounted.top / "work"
+    workdir.mkdir(exist_ok=True)
+    options = f"lowerdir={mounted.lower},upperdir={mounted.upper},workdir={workdir}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "none", second], check=True)
+    try:
+        (mounted.merged / "changed").write_text("once more")
+        (mounted.merged / "removed").unlink()
+        (mounted.merged / "new").write_text("new")
+        if work == "the same":
+            with fails(errno.ENOENT):
+                (mounted.merged / "of_the_lower").unlink()
+        else:
+            (mounted.merged / "of_the_lower").unlink()
+    finally:
+        subprocess.run(["umount", second], check=True)
+    assert {name: (mounted.upper / name).read_text() for name in ("changed", "later", "new")} == {
+        "changed": "once more", "later": "later", "new": "new"
+    }  # fmt: skip
+    assert not (mounted.upper / "removed").exists()
+    assert os.path.lexists(mounted.upper / "of_the_lower") == (work == "another")
 
 
 # ── what an earlier mount left ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -295,3 +295,47 @@ def test_with_writeback_an_ordinary_user_reads_back_what_may_only_be_written(ove
 
     as_user(made.merged, write)
     assert (made.merged / "f").read_bytes() == b"Lower content"
+
+
+# ── what the kernel keeps of it ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("wire", WITH_EXTENSION)
+def test_a_file_with_data_that_has_no_block_yet_shows_one(overlay: OverlayFactory, wire: bool) -> None:
+    """With none `tar -S` takes it for one hole and reads nothing. A file system that allocates late says 0 as it does of a hole."""
+    with extension(loaded=wire):
+        made = overlay({})
+    (made.merged / "empty").touch()
+    (made.merged / "hole").touch()
+    os.truncate(made.merged / "hole", 1 << 20)
+    assert os.stat(made.writable / "hole").st_blocks == 0
+    assert os.stat(made.merged / "hole").st_blocks == 1
+    assert os.stat(made.merged / "empty").st_blocks == 0
+    made.remount()
+    assert os.stat(made.merged / "hole").st_blocks == 1
+
+
+@pytest.mark.wire
+def test_with_writeback_a_file_whose_data_are_on_their_way_shows_a_block(overlay: OverlayFactory) -> None:
+    made = overlay({}, options=["-o", "writeback"])
+    with opened(made.merged / "f", os.O_WRONLY | os.O_CREAT) as fd:
+        os.write(fd, b"not there yet")
+        assert os.stat(made.writable / "f").st_blocks == 0
+        assert os.stat(made.merged / "f").st_blocks >= 1
+
+
+@pytest.mark.parametrize("wire", [True, False], ids=["wire", "no-wire"])
+@pytest.mark.root  # mounts a small file system
+def test_after_a_write_that_failed_a_reader_sees_what_is_on_disk(tmp_path: Path, wire: bool) -> None:
+    """The kernel had the page, and put the new bytes into it before it asked us."""
+    with extension(loaded=wire), small_upper(tmp_path) as overlay, opened(overlay.merged / "f", os.O_RDWR | os.O_CREAT) as fd:
+        os.ftruncate(fd, 1 << 20)  # a hole, for which there will be no room
+        assert os.pread(fd, 8192, 0) == bytes(8192)
+        with fails(errno.ENOSPC):
+            (overlay.merged / "filler").write_bytes(b"x" * (3 << 20))
+        with fails(errno.ENOSPC):
+            os.pwrite(fd, b"new" * 100, 5000)
+        assert os.pread(fd, 1 << 20, 0) == bytes(1 << 20)
+        with opened(overlay.merged / "f", os.O_RDONLY) as other:
+            assert os.pread(other, 1 << 20, 0) == bytes(1 << 20)
+        assert os.fstat(fd).st_size == 1 << 20

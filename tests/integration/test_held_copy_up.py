@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pyoverlay.testing import Overlay, make_tree, snapshot
 from tests.integration.looks import litter
+from tests.integration.test_process_life import wait_until
 from tests.posix.check import fails, opened
 
 pytestmark = pytest.mark.root
@@ -138,3 +140,74 @@ def test_a_killed_writer_leaves_no_copy(held: Held) -> None:
     assert (merged / "small").read_text() == "small"
     assert (merged / "held").read_bytes()[WRITERS * BLOCK :] == b"\xff" * (SIZE - WRITERS * BLOCK)
     assert snapshot(held.overlay.writable).keys() - before <= {b"held"}
+
+
+# What another program does to the file meanwhile: none of these needs the file's lock in the kernel, which write(2) and fsync(2) hold.
+MEANWHILE = {
+    "chmod": "os.chmod('held', 0o751)",
+    "chown": "os.chown('held', 11, 22)",
+    "utime": "os.utime('held', ns=(5, 7))",
+    "setxattr": "os.setxattr('held', 'user.meanwhile', b'set')",
+    "link": "os.link('held', 'directory/linked')",
+    "truncate": f"os.truncate('held', {SIZE} + 100)",
+    "rename": "os.rename('held', 'directory/renamed')",
+}
+WAITS = ("request_wait_answer", "fuse_set_nowrite")  # for us, and a truncation for the writes before it
+
+
+def is_waiting(pid: int) -> bool:
+    return any(where in Path(f"/proc/{pid}/stack").read_text() for where in WAITS)
+
+
+def meanwhile(held: Held, act: str) -> subprocess.Popen[str]:
+    """Another process does it; it has begun, and waits."""
+    client = subprocess.Popen([sys.executable, "-c", f"import os; {act}"], cwd=held.overlay.merged, text=True)
+    wait_until(lambda: is_waiting(client.pid) or client.poll() is not None)
+    assert client.poll() is None, f"{act} has not waited for the copy-up"
+    return client
+
+
+# A page of a shared map is on its way to the daemon, which has to copy the file up for it. In a process of its own: to close the file,
+# as a child that inherits it does, is to wait for that.
+MAP = f"""
+import ctypes, mmap, os, sys
+fd = os.open("held", os.O_RDWR)
+pages = mmap.mmap(fd, {SIZE})
+pages[{BLOCK}:{BLOCK + 6}] = b"mapped"
+ctypes.CDLL(None).sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # begin to write
+print("begun", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def dirty_map(held: Held) -> Iterator[None]:
+    program = [sys.executable, "-c", MAP]
+    with subprocess.Popen(program, cwd=held.overlay.merged, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "begun\n"
+        yield
+        client.communicate("\n", timeout=20)
+
+
+@pytest.mark.wire  # without it the kernel tells of an open for writing, and that copies up
+@pytest.mark.parametrize("act", MEANWHILE)
+def test_a_change_of_a_file_whose_data_is_on_the_way_is_not_lost(held: Held, act: str) -> None:
+    merged = held.overlay.merged
+    held.stop()
+    with dirty_map(held):
+        client = meanwhile(held, MEANWHILE[act])
+        held.go()
+        assert client.wait(20) == 0
+    held.overlay.remount()
+    file = merged / ("directory/renamed" if act == "rename" else "held")
+    st, content = os.stat(file), file.read_bytes()
+    assert content[:SIZE] == b"\xff" * BLOCK + b"mapped" + b"\xff" * (SIZE - BLOCK - 6)
+    assert content[SIZE:] == (bytes(100) if act == "truncate" else b"")
+    assert (st.st_mode & 0o777 == 0o751) == (act == "chmod")
+    assert ((st.st_uid, st.st_gid) == (11, 22)) == (act == "chown")
+    assert st.st_nlink == (2 if act == "link" else 1)
+    assert (merged / "held").exists() == (act != "rename")
+    assert os.listxattr(file) == (["user.meanwhile"] if act == "setxattr" else [])
+    if act == "link":
+        assert os.path.samefile(merged / "held", merged / "directory/linked")

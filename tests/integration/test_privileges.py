@@ -18,7 +18,7 @@ from pyoverlay import registry
 from pyoverlay.daemon.privileges import TO_LOOK, TO_READ, TO_WRITE, Capability
 from pyoverlay.testing import Directory, File, Overlay, OverlayFactory, Tree
 from tests.integration.test_process_life import daemon_of, end_of, watched
-from tests.integration.unprivileged import AS_NAMESPACE_ROOT, as_user
+from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER, as_user
 from tests.posix.check import NOBODY, SOMEBODY
 from tests.posix.check import as_user as call_as_user
 
@@ -83,6 +83,44 @@ def test_the_daemon_of_root_leaves_no_core_file() -> None:
     )
     result = subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True)
     assert result.stdout == "0\n"
+
+
+@pytest.mark.root
+def test_no_thread_of_the_daemon_stays_a_caller(overlay: OverlayFactory) -> None:
+    """A thread that starts while the daemon makes something for somebody would be that somebody for life."""
+    made = overlay({"file": File(content=b"x" * (8 << 20), mode=0o666), "open": Directory({}, 0o777)})
+    before = len(statuses(daemon_of(made)))
+
+    def make_and_copy_up() -> None:
+        os.umask(0o077)
+        for name in ("file", "open/new"):
+            with open(name, "ab") as file:  # the first one's data is copied by a thread
+                file.write(b"y")
+                os.fsync(file.fileno())
+        os.mkdir("open/directory")
+
+    call_as_user(made.merged, make_and_copy_up)
+    assert os.stat(made.writable / "open/new").st_uid == NOBODY
+    seen = statuses(daemon_of(made))
+    assert len(seen) > before, "none was started"
+    for status in seen:
+        assert (status["Uid"].split(), status["Gid"].split()) == (["0"] * 4, ["0"] * 4)
+        assert status["Umask"] == "0000"
+
+
+@pytest.mark.root
+def test_the_daemon_of_a_user_can_be_looked_at_by_that_user(home: Path) -> None:
+    """By ps, a debugger, and umount, which asks in whose namespaces a mount is. A change of ids makes a process root's to look at."""
+    result = as_user(
+        home,
+        "$po mount lower upper merged; echo x > merged/f; mkdir merged/d; chmod 600 merged/f; ln -s f merged/l;"
+        " pid=$(sed 's/.*\"pid\": \\([0-9]*\\).*/\\1/' run/pyoverlay/*.json);"
+        " stat -c %u /proc/$pid/fd; ls /proc/$pid/fd | wc -l; $po umount merged",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    owner, descriptors = result.stdout.split()
+    assert owner == str(USER)
+    assert int(descriptors) > 3
 
 
 @pytest.mark.root

@@ -15,8 +15,11 @@ from pyoverlay.core.inode import Directory as MergedDirectory
 from pyoverlay.fuse.binding import wire
 from pyoverlay.fuse.wired_calls import WiredCalls
 from pyoverlay.testing import Directory, Fifo, HardLink, Symlink, Tree, Whiteout, is_whiteout, snapshot
+from tests.crash.cases import BELOW as CASE_BELOW
+from tests.crash.cases import LOWER as CASE_LOWER
+from tests.crash.cases import RUNNABLE
 from tests.unit.conftest import StackFactory
-from tests.unit.merged import IS_ROOT, Faulty, Merged, Stack, mark, timeless
+from tests.unit.merged import IS_ROOT, POLICY, Faulty, Merged, Stack, mark, timeless
 
 DEFAULT_ACL = bytes.fromhex("02000000 01000700ffffffff 02000600e8030000 04000500ffffffff 10000700ffffffff 20000000ffffffff")
 
@@ -461,3 +464,27 @@ def test_a_whiteout_of_the_upper_s_own_hides_what_lowers_have(stack: StackFactor
     one.merged.create("file", b"new")
     one.merged.mkdir("directory/inside")
     assert timeless(one.merged.tree()) == one.disk_tree()
+
+
+class NeverOntoItself(Faulty):
+    """Sees that rename(2) is never asked to do nothing: of two links of one inode it leaves both (rename(2), BUGS)."""
+
+    def rename(self, dirfd: int, name: bytes, new_dirfd: int, new: bytes, flags: int = 0) -> None:
+        old = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+        try:
+            replaced = os.stat(new, dir_fd=new_dirfd, follow_symlinks=False)
+        except FileNotFoundError:
+            replaced = None
+        assert replaced is None or (old.st_dev, old.st_ino) != (replaced.st_dev, replaced.st_ino), f"{name!r} over {new!r}"
+        super().rename(dirfd, name, new_dirfd, new, flags)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_nothing_is_renamed_over_another_link_of_itself(stack: StackFactory, name: str) -> None:
+    """All whiteouts are links of one inode: renamed over another, one in the work directory would stay there."""
+    case = RUNNABLE[name]
+    one = stack(CASE_LOWER, CASE_BELOW, policy=case.policy(POLICY))
+    one.merged.view.upper.calls = NeverOntoItself(0, AssertionError())
+    case.prepare(one.merged)
+    case.act(one.merged)
+    assert one.work_names() == one.litter()
