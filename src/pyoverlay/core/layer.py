@@ -325,10 +325,8 @@ class Lower(Layer):
         self._reads_aufs = whiteouts is not Whiteouts.KERNEL
 
     def is_whiteout(self, directory: LowerDir, name: bytes, st: Stat) -> bool:
-        if marks.is_whiteout_device(st):
-            return True
         if not marks.may_be_whiteout_file(st):
-            return False
+            return marks.is_whiteout_device(st)
         if self._reads_aufs and name.startswith(marks.AUFS_PREFIX):
             return True
         return self._has_xattr_whiteouts(directory) and self.getmark(self.dirfd(directory), name, marks.WHITEOUT) is not None

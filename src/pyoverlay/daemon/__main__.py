@@ -39,6 +39,10 @@ def main() -> int:
     return _serve(request, caller)
 
 
+# Inodes come by thousands, last, and are in no cycle: to look through them as often as Python does by itself is an eighth of a listing.
+_COLLECTED = (10_000, 20, 50)
+
+
 def _serve_each(requests: list[Request], socket: int) -> int:
     """In this process nothing happens but importing and forking: no thread, nothing opened that a daemon would keep of another."""
     import trio
@@ -67,6 +71,7 @@ def _serve(request: Request, caller: report.Report) -> int:
 
         logs.set_up(foreground=request.foreground, file=request.log_file, level=request.log_level, form=logs.Format(request.log_format))
         gc.freeze()  # what is imported stays: the collector need not look at it again
+        gc.set_threshold(*_COLLECTED)
         mounting.serve(request, caller.ready)
     except PyoverlayError as error:
         caller.refuse(error)
