@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
-# What the loop does whatever is asked: it waits, and polls a little before it sleeps.
-_WAITING = {"epoll_wait", "epoll_ctl", "poll", "ppoll", "futex", "restart_syscall"}
+# What the loop does whatever is asked: it waits, polls a little before it sleeps, and asks whether it is preempted while it does.
+_WAITING = {"epoll_wait", "epoll_ctl", "poll", "ppoll", "futex", "getrusage", "restart_syscall"}
 _CALL = re.compile(r"\d+\s+(\w+)\((\d*)")  # where it begins: what another thread interrupts is resumed on a line of its own
 
 # Some other program that has the machine's caches dropped makes the kernel forget, and then ask again what a name's owner and mode are.

@@ -165,7 +165,7 @@ def test_a_layer_has_no_method_that_changes_anything() -> None:
     reading = {name for name in vars(Layer) if not name.startswith("_")}
     assert reading == {
         "close", "dirfd", "fstat", "getmark", "getmark_of", "getxattr", "knows_owner", "listmarks", "listxattr", "open_descendant",
-        "open_dir", "open_read", "read_xattr", "readlink", "scan", "stat",
+        "open_dir", "open_read", "read_xattr", "readlink", "scan", "stat", "stat_all",
     }  # fmt: skip
     assert {"set_mark", "whiteout", "open_write"} <= vars(Upper).keys()
 

@@ -182,6 +182,10 @@ class Layer:
             return st
         return overrides.shown(st, self.override, proc_path(dirfd, name), follow_symlinks=False)
 
+    def stat_all(self, dirfd: int, names: list[bytes]) -> Sequence[Stat | None]:
+        """stat of each, in one call; None also for what only `stat` can tell of."""
+        return self.reads.lstat_all(dirfd, names) if self.override is None else [None] * len(names)
+
     def fstat(self, fd: int) -> Stat:
         """fstat of a descriptor in this layer."""
         st = self.reads.fstat(fd)

@@ -9,10 +9,11 @@ object that is no directory. It is ovl_lookup of fs/overlayfs/namei.c, step for 
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 from pyoverlay.core import marks
@@ -416,29 +417,43 @@ class View:
         return self.lookup_lower(parent, name)
 
     def lookup_all(self, parent: Directory, names: list[bytes]) -> Iterator[tuple[Inode, Stat] | OSError | None]:
-        """lookup of each, as they are taken; what it raises takes the answer's place. Where one layer alone holds the directory, all of
-        them are one call for their attributes: a listing of thousands is made of these.
+        """lookup of each, as they are taken; what it raises takes the answer's place. Where it is known which layer shows a name, all that
+        one shows are one call for their attributes: a listing of thousands is made of these.
         """
-        for name, st in zip(names, self._stats(parent, names), strict=True):
+        for name, (index, st) in zip(names, self._stats(parent, names), strict=True):
             try:
                 if st is None:
                     found = self.lookup(parent, name)
                 elif parent.in_upper:
                     found = self._shown_by_upper(parent, name, st)
                 else:
-                    found = self._shown_by_lower(parent, name, 0, st)
+                    found = self._shown_by_lower(parent, name, index, st)
             except OSError as error:
                 yield error
             else:
                 yield found
 
-    def _stats(self, parent: Directory, names: list[bytes]) -> Sequence[Stat | None]:
-        """What the only layer that holds a directory says of names in it; None: that is for `lookup` to find out."""
-        if len(parent.lowers) + parent.in_upper == 1 and not (parent.lowers and parent.lowers[0].is_masked):
-            layer: Layer = self.upper if parent.in_upper else parent.lowers[0].layer
-            if layer.override is None:
-                return layer.reads.lstat_all(self.upper_fd(parent) if parent.in_upper else layer.dirfd(parent.lowers[0]), names)
-        return [None] * len(names)
+    def _stats(self, parent: Directory, names: list[bytes]) -> Iterable[tuple[int, Stat | None]]:
+        """Of each name the place, among parent.lowers, of the one that shows it, and what that says of it; None: `lookup` has to find out.
+
+        With an upper above them nobody has noted which names it has.
+        """
+        lowers = parent.lowers
+        if parent.in_upper:
+            stats = self.upper.stat_all(self.upper_fd(parent), names) if not lowers else [None] * len(names)
+            return zip(itertools.repeat(0), stats, strict=False)
+        places = [next_with(name, lowers, 0) for name in names] if len(lowers) > 1 else [0] * len(names)
+        answers = {place: iter(self._stats_of(parent, place, names, places)) for place in set(places)}
+        return [(place, next(answers[place])) for place in places]
+
+    def _stats_of(self, parent: Directory, place: int, names: list[bytes], places: list[int]) -> Iterable[Stat | None]:
+        """The same of those that are at one place."""
+        last = len(parent.lowers) - 1
+        if place > last or parent.lowers[place].is_masked or (place < last and parent.lowers[place].contents is None):
+            return itertools.repeat(None)
+        directory = parent.lowers[place]
+        shown = [name for name, its in zip(names, places, strict=True) if its == place] if last else names
+        return directory.layer.stat_all(directory.layer.dirfd(directory), shown)
 
     def _shown_by_upper(self, parent: Directory, name: bytes, st: Stat) -> tuple[Inode, Stat] | None:
         """The object that the upper has under a name; None: it is a whiteout."""
