@@ -26,8 +26,9 @@ def in_foreground(made: Overlay, *options: str, journal: bool = False) -> Iterat
     arguments = command("mount", "-f", *options, made.lower, made.writable, made.merged)
     with open(reader, encoding="utf-8") as log, subprocess.Popen(arguments, stderr=writer, text=True, env=environment) as process:
         os.close(writer)
-        if "-q" not in options:
-            assert "mounted, 1 lowers" in log.readline()
+        while "-q" not in options and "mounted, 1 lowers" not in (line := log.readline()):
+            assert "-v" in options
+            assert " DEBUG " in line
         try:
             yield process, log
         finally:
@@ -109,3 +110,19 @@ def test_no_name_from_inside_a_layer_is_logged_unasked(overlay: OverlayFactory) 
         lines = log.read()
     assert "Secret" not in lines
     assert lines.count("\n") == 2
+
+
+def test_the_level_is_an_option_too(overlay: OverlayFactory) -> None:
+    made = overlay({"file": "x"}, mount=False)
+    with in_foreground(made, "-v") as (process, log):
+        ask_for_what_is_not_there(made)
+        while " DEBUG getxattr of " not in (line := log.readline()):
+            assert " DEBUG " in line
+        process.send_signal(signal.SIGTERM)
+        assert any("INFO SIGTERM: unmounting" in line for line in log)
+    with in_foreground(made, "-q") as (process, log):
+        while not made.mounted():
+            assert process.poll() is None
+        ask_for_what_is_not_there(made)
+        process.send_signal(signal.SIGTERM)
+        assert log.read() == ""
