@@ -348,7 +348,7 @@ def _without_symlink_atime(seen: tuple[object, ...]) -> tuple[object, ...]:
     return (*seen[:9], *seen[10:]) if stat.S_ISLNK(mode) else seen
 
 
-_CALLS = frozenset(name for name, value in vars(Calls).items() if callable(value) and not name.startswith("_")) - Calls.COMPOUND
+CALLS = frozenset(name for name, value in vars(Calls).items() if callable(value) and not name.startswith("_")) - Calls.COMPOUND
 
 
 class Faulty(Calls):
@@ -371,7 +371,7 @@ class Faulty(Calls):
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        return partial(self._call, value) if name in _CALLS else value
+        return partial(self._call, value) if name in CALLS else value
 
     def _call(self, call: Callable[..., object], *arguments: object) -> object:
         self.made.append(call.__name__)

@@ -17,7 +17,7 @@ from pyoverlay.core import change, copyup, copyup_directory, index, layer, merge
 from tests.crash.cases import AT_ONCE, BELOW, CASES, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Faulty, Stack, timeless
-from tests.unit.wired import WiredFaulty
+from tests.unit.wired import FaultyWiredReading, WiredFaulty
 
 CHANGING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EROFS)
 READING_ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.EACCES)
@@ -101,6 +101,18 @@ def test_a_change_that_fails_within_one_call_of_the_extension_leaves_the_tree_as
     for at in range(1, counted.count + 1):
         for code in CHANGING_ERRORS[at % 3 :: 3]:
             fail_changing(stack, CASES[name], at, code, faulty=WiredFaulty)
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("name", ["chmod_of_a_lower_file", "truncate_of_a_lower_file", "rename_of_a_lower_file"])
+def test_a_read_that_fails_within_one_call_of_the_extension_leaves_the_tree_as_it_was(stack: StackFactory, name: str) -> None:
+    counted = calls_of(stack, CASES[name], FaultyWiredReading)
+    assert isinstance(counted, FaultyWiredReading)
+    reads = ["openat", "fstat", "fstat", "preadv2", "flistxattr", "fgetxattr", "name_to_handle_at", "fstat"]
+    assert counted.made_to_read == reads
+    for at in range(1, len(reads) + 1):
+        for code in READING_ERRORS:
+            fail_changing(stack, CASES[name], at, code, faulty=FaultyWiredReading)
 
 
 class FaultyReading:

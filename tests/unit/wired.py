@@ -9,7 +9,7 @@ from pyoverlay.core.calls import Caller, Copied, PlainFile
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.fuse.binding import wire
 from pyoverlay.fuse.wired_calls import WiredCalls
-from tests.unit.merged import Faulty
+from tests.unit.merged import CALLS, Faulty
 
 T = TypeVar("T")
 
@@ -42,6 +42,13 @@ class WiredFaulty(Faulty, WiredCalls):
             self.at_once += self.count > before
 
     def _about_to_call(self, name: str) -> int:
+        return self._about_to_change(name) if name in CALLS else self.about_to_read(name)
+
+    def about_to_read(self, name: str) -> int:
+        """Returns the errno with which it fails; 0: it does not."""
+        return 0
+
+    def _about_to_change(self, name: str) -> int:
         self.made.append(name)
         if self.count == self.at:
             try:
@@ -49,3 +56,18 @@ class WiredFaulty(Faulty, WiredCalls):
             except OSError as error:
                 return error.errno or 0
         return 0
+
+
+class FaultyWiredReading(WiredFaulty):
+    """Counts what the extension reads in its calls; the one of number `at` fails with that errno. made_to_read: their names."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__(0, error)
+        self.made_to_read: list[str] = []
+        self.fails_at = at
+
+    def about_to_read(self, name: str) -> int:
+        self.made_to_read.append(name)
+        if len(self.made_to_read) != self.fails_at or not isinstance(self.error, OSError):
+            return 0
+        return self.error.errno or 0

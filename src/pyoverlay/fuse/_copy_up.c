@@ -53,7 +53,7 @@ static int open_unnoticed(int dirfd, const char *path, int flags)
 	int fd;
 
 	do
-		fd = openat(dirfd, path, flags | O_NOATIME);
+		fd = may_call("openat") ? openat(dirfd, path, flags | O_NOATIME) : -1;
 	while (fd < 0 && errno == EINTR);
 	if (fd < 0 && errno == EPERM)        /* O_NOATIME is for the owner and for CAP_FOWNER */
 		fd = openat(dirfd, path, flags);
@@ -105,7 +105,7 @@ static enum outcome read_data(struct job *j)
 	}
 	while (got < j->length) {
 		struct iovec rest = { j->data + got, j->length - got };
-		ssize_t n = preadv2(j->source_fd, &rest, 1, (off_t)got, j->in_memory ? 0 : RWF_NOWAIT);
+		ssize_t n = may_call("preadv2") ? preadv2(j->source_fd, &rest, 1, (off_t)got, j->in_memory ? 0 : RWF_NOWAIT) : -1;
 		if (n < 0 && (errno == EAGAIN || errno == EOPNOTSUPP))
 			return DECLINED;
 		if (n < 0)
@@ -133,7 +133,7 @@ static enum outcome read_xattr(struct job *j, const char *name)
 
 	if (at >= XATTRS_ROOM)
 		return DECLINED;
-	ssize_t size = fgetxattr(j->source_fd, name, j->xattrs + at, XATTRS_ROOM - at);
+	ssize_t size = may_call("fgetxattr") ? fgetxattr(j->source_fd, name, j->xattrs + at, XATTRS_ROOM - at) : -1;
 	if (size < 0)
 		return errno == ENODATA || errno == EOPNOTSUPP ? DONE : errno == ERANGE ? DECLINED : FAILED;
 	uint32_t value_size = (uint32_t)size;
@@ -146,7 +146,7 @@ static enum outcome read_xattr(struct job *j, const char *name)
 static enum outcome read_xattrs(struct job *j)
 {
 	char names[NAMES_ROOM];
-	ssize_t size = flistxattr(j->source_fd, names, sizeof names);
+	ssize_t size = may_call("flistxattr") ? flistxattr(j->source_fd, names, sizeof names) : -1;
 
 	if (size < 0)
 		return errno == EOPNOTSUPP ? DONE : errno == ERANGE ? DECLINED : FAILED;
@@ -171,7 +171,7 @@ static bool read_origin(struct job *j)
 	union { struct file_handle head; char room[sizeof(struct file_handle) + HANDLE_ROOM]; } handle = { .head.handle_bytes = HANDLE_ROOM };
 	int mount_id;
 
-	if (name_to_handle_at(j->source_fd, "", &handle.head, &mount_id, AT_EMPTY_PATH) < 0)
+	if (!may_call("name_to_handle_at") || name_to_handle_at(j->source_fd, "", &handle.head, &mount_id, AT_EMPTY_PATH) < 0)
 		return errno == EOPNOTSUPP || errno == EOVERFLOW;
 	size_t length = 5 + 16 + handle.head.handle_bytes;
 	bool is_big_endian = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
@@ -183,9 +183,11 @@ static bool read_origin(struct job *j)
 	return true;
 }
 
+static bool stat_of(int fd, struct stat *st) { return may_call("fstat") && fstat(fd, st) == 0; }
+
 static enum outcome look(struct job *j)
 {
-	if ((j->source_fd = open_source(j)) < 0 || fstat(j->source_fd, &j->source) < 0 || fstat(j->to_fd, &j->parent) < 0)
+	if ((j->source_fd = open_source(j)) < 0 || !stat_of(j->source_fd, &j->source) || !stat_of(j->to_fd, &j->parent))
 		return FAILED;
 	if (!S_ISREG(j->source.st_mode)) {
 		errno = ESTALE;
@@ -316,7 +318,7 @@ static bool make(struct job *j)
 	mode_t mode = (j->source.st_mode & 0777) | 0600;
 
 	j->copy_fd = may_call("open") ? openat(j->work_fd, j->temporary, O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW | O_CLOEXEC, mode) : -1;
-	return j->copy_fd >= 0 && fstat(j->copy_fd, &j->copy) == 0 && copy_data(j) && start_writeback(j) && set_owner(j)
+	return j->copy_fd >= 0 && stat_of(j->copy_fd, &j->copy) && copy_data(j) && start_writeback(j) && set_owner(j)
 		&& set_xattrs(j) && set_origin(j) && set_mode_and_times(j) && put_on_disk(j) && give_name(j);
 }
 

@@ -113,7 +113,8 @@ def notify_prune(nodes: Sequence[int], /) -> None:
 
 def watch_calls(watch: Callable[[str], int] | None, /) -> None:
     """For tests: from now on `watch` is called right before each system call by which the functions below change an upper or put it on
-    disk, with the name of the call in `core.calls`. It returns 0, or the errno with which that call fails instead of being made.
+    disk, with the name of the call in `core.calls`, and before those by which `copy_up_file` reads, with names that are not there. It
+    returns 0, or the errno with which that call fails instead of being made.
     """
 
 def copy_up_file(
