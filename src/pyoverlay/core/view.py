@@ -628,13 +628,13 @@ class View:
         return directory.is_impure
 
     def _lower_file(self, parent: Directory, name: bytes, directory: LowerDir, st: Stat) -> Inode:
-        key = key_of(directory.layer.index, st.st_ino)
+        layer, real_ino = directory.layer, st.st_ino
+        key = key_of(layer.index, real_ino)
         inode = self.table.find(key)
         if inode is None and self.index is not None:
             inode = self._indexed(self.index, parent, name, directory, st)
         if inode is None:
-            layer = directory.layer
-            inode = Inode(self.table.number(layer.fs, st.st_ino), st.st_mode)
+            inode = Inode(self.table.number(layer.fs, real_ino), st.st_mode)
             if marks.may_be_metacopy(st):
                 inode.metacopy = self._metacopy(layer, layer.dirfd(directory), name, _below(parent, directory))
             inode.lower_links = st.st_nlink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,19 @@ import pytest
 pytestmark = [pytest.mark.wire, pytest.mark.root]
 
 PROGRAM = """
-import errno, os, socket, stat, sys
+import ctypes, errno, os, socket, stat, struct, sys
 from pyoverlay.core.reads import PlainReads
 from pyoverlay.fuse.binding import wire
 
 os.chdir(sys.argv[1])
+refused_with = int(sys.argv[2])
+if refused_with:  # a filter, seccomp(2): load the number; getxattrat(2), listxattrat(2): SECCOMP_RET_ERRNO; else SECCOMP_RET_ALLOW
+    lines = [(0x20, 0, 0, 0), (0x15, 1, 0, 464), (0x15, 0, 1, 465), (0x06, 0, 0, 0x50000 | refused_with), (0x06, 0, 0, 0x7FFF0000)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+    program = struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(code))
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
+    assert libc.syscall(465, 0, 0, 0, 0, 0) == -1
 os.mkdir("directory")
 for name in ("file", "-" * 255):
     with open(name, "wb") as file:
@@ -87,12 +96,21 @@ print(len(asked))
 """
 
 
-@pytest.mark.parametrize("place", ["disk", "memory"])
-def test_the_extension_reads_what_the_os_module_reads(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "refused_with"),
+    [
+        pytest.param("disk", 0, id="disk"),
+        pytest.param("memory", 0, id="memory"),
+        pytest.param("disk", errno.ENOSYS, id="kernel without getxattrat"),
+        pytest.param("disk", errno.EPERM, id="container that refuses it"),
+    ],
+)
+def test_the_extension_reads_what_the_os_module_reads(tmp_path: Path, place: str, refused_with: int) -> None:
     if place == "memory":
         subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+    command: list[str | Path] = [sys.executable, "-P", "-c", PROGRAM, tmp_path, str(refused_with)]
     try:
-        result = subprocess.run([sys.executable, "-P", "-c", PROGRAM, tmp_path], check=False, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     finally:
         if place == "memory":
             subprocess.run(["umount", tmp_path], check=True)
