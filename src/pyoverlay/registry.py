@@ -92,11 +92,21 @@ def start_time(pid: int) -> int | None:
 
 def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped process `pid`: it answers nobody."""
+    return _state(pid) in (b"T", b"t")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether process `pid` has exited. Threads of it that the kernel cannot end may be left."""
+    return _state(pid) in (b"", b"Z", b"X")
+
+
+def _state(pid: int) -> bytes:
+    """The state of a process's first thread, proc_pid_stat(5); empty: there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+            return file.read().rpartition(b")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return b""
 
 
 def own_directory() -> str:

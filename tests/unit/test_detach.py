@@ -16,6 +16,7 @@ from pyoverlay.core.inode import Inode as Node
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import RENAME_EXCHANGE
 from pyoverlay.fuse import detaching
+from pyoverlay.fuse.asking import Asking
 from pyoverlay.fuse.detaching import UnderWay
 from pyoverlay.testing import Directory, Fifo, File, HardLink, Symlink, Tree, is_whiteout
 from tests.unit.conftest import StackFactory
@@ -198,7 +199,7 @@ def test_a_caller_who_is_killed_ends_it_and_nothing_is_left(stack: StackFactory)
         return call(*arguments)
 
     with pytest.raises(OSError) as caught:
-        trio.run(detaching.detach, one.merged.view, directory, copying, 17, in_thread)
+        trio.run(detaching.detach, one.merged.view, directory, copying, 17, in_thread, Asking((), lambda change: None))
     assert caught.value.errno == errno.EINTR
     assert copying == {}
     assert one.work_names() == []

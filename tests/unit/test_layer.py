@@ -164,8 +164,9 @@ def test_where_layers_are_no_clones_what_is_no_file_is_not_opened_either(stack: 
 def test_a_layer_has_no_method_that_changes_anything() -> None:
     reading = {name for name in vars(Layer) if not name.startswith("_")}
     assert reading == {
-        "close", "dirfd", "fstat", "getmark", "getmark_of", "getxattr", "knows_owner", "listmarks", "listxattr", "open_descendant",
-        "open_dir", "open_read", "read_xattr", "readlink", "scan", "stat", "stat_all",
+        "close", "dirfd", "fstat", "getmark", "getmark_of", "getxattr", "handle", "is_remote", "knows_owner", "listmarks", "listxattr",
+        "open_covered", "open_descendant", "open_dir", "open_read", "read_xattr", "readlink", "scan", "stat", "stat_all", "stat_by_handle",
+        "statvfs", "statx", "verity",
     }  # fmt: skip
     assert {"set_mark", "whiteout", "open_write"} <= vars(Upper).keys()
 

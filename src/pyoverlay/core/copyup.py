@@ -17,11 +17,12 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy as copy_of
 
-from pyoverlay.core import marks, syscalls
+from pyoverlay.core import marks
 from pyoverlay.core.calls import Order
 from pyoverlay.core.copyup_at_once import copy_up_at_once
-from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, keeping_times, mark_impure
+from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, keeping_times, mark_impure, xattrs_to_copy
 from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Place, tolerated
 from pyoverlay.core.policy import Verity
@@ -64,11 +65,20 @@ class Copy:
         """Publishing it makes the file shorter too: cut off afterwards, the file would be so for nothing if that failed."""
         return self.size < self.st.st_size
 
+    def twin(self) -> Copy:
+        """For a thread that may be left alone with it: `fill_by`."""
+        return copy_of(self)
+
+    def fill_by(self, fd: int, source_fd: int) -> None:
+        """`fill` by these descriptors."""
+        self.fd, self.source_fd = fd, source_fd
+        fill(self)
+
     def park(self) -> None:
         """Close the descriptors of one that is filled and has to wait: there may be thousands."""
         for fd in (self.fd, self.source_fd):
             if fd >= 0:
-                os.close(fd)
+                self.upper.cache.close_fd(fd)
         self.fd = self.source_fd = -1
 
 
@@ -98,6 +108,35 @@ def copy_up_in_steps(view: View, inode: Inode, size: int | None = None, *, attri
     return copy.is_truncation
 
 
+def consult(view: View, inode: Inode) -> None:
+    """Have remote lowers asked, before anything is made, what a copy-up of the object will ask: what was copied when a question comes up
+    would be copied again.
+    """
+    if not view.remotes:
+        return
+    for start in (inode, *(parent for parent, _ in inode.names())):
+        above: Inode | None = start
+        while above is not None and not above.in_upper:
+            _consult_one(view, above)
+            above = above.parent
+    if inode.is_regular:
+        view.data_fd(inode)
+
+
+def _consult_one(view: View, inode: Inode) -> None:
+    layer, dirfd, name = place = view.lower_place(inode)
+    if not layer.is_remote:
+        return
+    st = view.stat(inode)
+    for _ in xattrs_to_copy(view.upper, place):
+        pass
+    if view.upper.doubts_owners:
+        layer.knows_owner(dirfd, name, st)
+    view.origins.of(place)
+    if stat.S_ISLNK(st.st_mode):
+        layer.readlink(dirfd, name)
+
+
 @contextmanager
 def prepare(view: View, inode: Inode, size: int | None = None, *, attributes_only: bool = False) -> Iterator[Copy]:
     """Copy up the directories above, and make the copy in the work directory, without data. EOVERFLOW: it belongs to nobody (`owners`)."""
@@ -121,13 +160,13 @@ def prepare(view: View, inode: Inode, size: int | None = None, *, attributes_onl
                 os.close(copy.fd)
             upper.discard(copy.temporary)
         if copy.source_fd >= 0:
-            os.close(copy.source_fd)
+            view.cache.close_fd(copy.source_fd)
 
 
 def _make(copy: Copy, view: View, *, attributes_only: bool) -> None:
     upper, st = copy.upper, copy.st
     if stat.S_ISREG(st.st_mode):
-        copy.source_fd = os.dup(view.data_fd(copy.inode))
+        copy.source_fd = view.cache.dup(view.data_fd(copy.inode))
         if attributes_only:
             copy.metacopy = _metacopy(view, copy)
         copy.fd = upper.calls.open(copy.temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600, upper.work_fd)
@@ -147,7 +186,8 @@ def _metacopy(view: View, copy: Copy) -> Data | None:
     inode, policy = copy.inode, view.policy
     if not policy.metacopy or inode.parent is None or inode.lower_dir is None or not copy.st.st_size:
         return None
-    digest = syscalls.measure_verity(copy.source_fd) if policy.verity is not Verity.OFF else None
+    layer = view.remote_data(inode) or copy.source.layer
+    digest = layer.verity(view.data_fd(inode)) if policy.verity is not Verity.OFF else None
     if digest is None and policy.verity is Verity.REQUIRE:
         return None
     mark = marks.encode_metacopy(None if digest is None else marks.Digest(*digest))
@@ -166,7 +206,7 @@ def _prepare_data(view: View, inode: Inode, size: int | None) -> Iterator[Copy]:
     copy.completes = True
     upper.is_dirty = True
     try:
-        copy.source_fd = os.dup(view.data_fd(inode))
+        copy.source_fd = view.cache.dup(view.data_fd(inode))
         copy.fd = upper.open_write(place.dirfd, place.name) if place.name else upper.open_pinned(place.dirfd, os.O_RDWR)
         copy.capability = upper.getxattr(copy.fd, b"", CAPABILITY)
         yield copy
@@ -177,7 +217,7 @@ def _prepare_data(view: View, inode: Inode, size: int | None) -> Iterator[Copy]:
         finally:
             for fd in (copy.source_fd, -1 if copy.is_published else copy.fd):
                 if fd >= 0:
-                    os.close(fd)
+                    view.cache.close_fd(fd)
 
 
 def _take_back(copy: Copy) -> None:

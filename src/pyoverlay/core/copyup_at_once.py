@@ -53,6 +53,7 @@ def _is_plain(view: View, inode: Inode, *, attributes_only: bool) -> bool:
         and inode.is_regular
         and not inode.in_upper
         and inode.metacopy is None
+        and not (inode.lower_dir is not None and inode.lower_dir.layer.is_remote)
         and inode.lower_links == 1
         and not inode.links
         and upper.override is None

@@ -50,20 +50,25 @@ def _mode(layer: Layer, st: Stat) -> int:
 
 
 def copy_xattrs(upper: Upper, source: Place, dirfd: int, name: bytes) -> None:
-    """All but the overlay's own marks. One that the upper cannot hold is left out only if nobody's rights depend on it (ovl_copy_xattr)."""
+    """One that the upper cannot hold is left out only if nobody's rights depend on it (ovl_copy_xattr)."""
+    for attribute, value in xattrs_to_copy(upper, source):
+        try:
+            upper.calls.setxattr(dirfd, name, attribute, value, 0)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or attribute.startswith((b"system.", CAPABILITY)):
+                raise
+
+
+def xattrs_to_copy(upper: Upper, source: Place) -> Iterator[tuple[bytes, bytes]]:
+    """All but the overlay's own marks."""
     for attribute in source.layer.listxattr(source.dirfd, source.name):
         if attribute.startswith(upper.mark_prefix) and marks.unescape_xattr(attribute, upper.mark_prefix) is None:
             continue
         if (source.layer.is_nosuid and attribute == CAPABILITY) or (upper.override is not None and is_private(attribute)):
             continue
         value = source.layer.getxattr(source.dirfd, source.name, attribute)
-        if value is None:
-            continue
-        try:
-            upper.calls.setxattr(dirfd, name, attribute, value, 0)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or attribute.startswith((b"system.", CAPABILITY)):
-                raise
+        if value is not None:
+            yield attribute, value
 
 
 def mark_impure(view: View, directory: Directory) -> None:

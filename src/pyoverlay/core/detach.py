@@ -25,6 +25,7 @@ from pyoverlay.core.copyup import Copy
 from pyoverlay.core.copyup_directory import copy_up_directory, keeping_times
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import tolerated
+from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View, failure
 
 
@@ -40,6 +41,8 @@ class Detachment:
         self.files: dict[Inode, None] = {}
         self.copies: dict[Inode, Copy] = {}
         self._limit = limit
+        self._size = 0  # bytes of them
+        self._surveyed = 0
         self._held: list[Inode] = []
         self._prepared = ExitStack()
 
@@ -52,25 +55,28 @@ class Detachment:
             self.view.forget(inode.ino, 1)
 
     def survey(self) -> Iterator[None]:
-        """A directory at a time. EXDEV: more than the limit, or something that cannot be copied up as it is, and mv does it its way."""
-        size = 0
-        for directory in self.directories:
+        """A directory at a time; begun anew, it goes on where it was. EXDEV: more than the limit, or something that cannot be copied up as
+        it is, and mv does it its way.
+        """
+        while self._surveyed < len(self.directories):
+            directory = self.directories[self._surveyed]
             if directory.has_xattr_whiteouts or self.view.upper.reads_aufs:
                 raise failure(errno.EXDEV)  # its whiteouts would show as files once it is opaque
-            for name in list(self.view.listing(directory)):
-                found = self.view.lookup(directory, name)
-                if found is None:
-                    continue
-                inode, st = found
-                self._hold(inode)
-                if isinstance(inode, Directory):
-                    self.directories.append(inode)
-                elif not inode.in_upper and inode not in self.files:
-                    self.files[inode] = None
-                    size += min(st.st_size, st.st_blocks * 512) if stat.S_ISREG(st.st_mode) else 0
-                    if size > self._limit:
-                        raise failure(errno.EXDEV)
+            found = [self.view.lookup(directory, name) for name in self.view.listing(directory)]
+            for inode, st in filter(None, found):
+                self._note(inode, st)
+            self._surveyed += 1
             yield
+
+    def _note(self, inode: Inode, st: Stat) -> None:
+        self._hold(inode)
+        if isinstance(inode, Directory):
+            self.directories.append(inode)
+        elif not inode.in_upper and inode not in self.files:
+            self.files[inode] = None
+            self._size += min(st.st_size, st.st_blocks * 512) if stat.S_ISREG(st.st_mode) else 0
+            if self._size > self._limit:
+                raise failure(errno.EXDEV)
 
     def _hold(self, inode: Inode) -> None:
         inode.nlookup += 1
@@ -93,23 +99,24 @@ class Detachment:
 
     def publish(self, inode: Inode) -> None:
         """EXDEV: its owner cannot be kept."""
-        copy = self.copies.pop(inode)
-        if inode.in_upper or inode.is_orphan:
-            return
-        try:
-            copyup.publish(self.view, copy)
-        except PermissionError:
-            raise failure(errno.EXDEV) from None
+        if not inode.in_upper and not inode.is_orphan:
+            try:
+                copyup.publish(self.view, self.copies[inode])
+            except PermissionError:
+                raise failure(errno.EXDEV) from None
+        del self.copies[inode]
 
     def detach(self) -> Iterator[None]:
         """A directory at a time, the deepest first; at the end the one it is about."""
         for directory in reversed(self.directories):
-            if not directory.is_orphan and directory.lowers:
-                self._detach(directory)
+            self.detach_one(directory)
             yield
 
-    def _detach(self, directory: Directory) -> None:
+    def detach_one(self, directory: Directory) -> None:
+        """One of them, those below which come first."""
         view = self.view
+        if directory.is_orphan or not directory.lowers:
+            return
         copy_up_directory(view, directory)
         for name in list(view.listing(directory)):
             found = view.lookup(directory, name)

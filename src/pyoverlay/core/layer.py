@@ -50,12 +50,14 @@ class DescriptorCache:
     """The open descriptors of Held objects, at most about `limit` of them.
 
     Opening one never closes another: a caller may hold two numbers at once. `trim` does, and is called between operations.
-    `before_close` is told of each object before its number is free for another file.
+    `before_close` is told of each object before its number is free for another file. `closers`: descriptors whose closing may take its
+    time, and who sees to it.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.before_close: Callable[[Held], None] | None = None
+        self.closers: dict[int, Callable[[int], None]] = {}
         self._held: dict[Held, None] = {}
 
     def __len__(self) -> int:
@@ -71,9 +73,31 @@ class DescriptorCache:
         if held.fd >= 0:
             if self.before_close is not None:
                 self.before_close(held)
-            os.close(held.fd)
+            self.close_fd(held.fd)
             held.fd = -1
             del self._held[held]
+
+    def close_fd(self, fd: int) -> None:
+        """Close a descriptor of a layer, which need not be in the cache."""
+        (self.closers.pop(fd, os.close) if self.closers else os.close)(fd)
+
+    def dup(self, fd: int) -> int:
+        """A duplicate for `close_fd`."""
+        copy = os.dup(fd)
+        if fd in self.closers:
+            self.closers[copy] = self.closers[fd]
+        return copy
+
+    @contextmanager
+    def closed_on_failure(self, fd: int) -> Iterator[None]:
+        """A descriptor that is not to be had after all."""
+        is_kept = False
+        try:
+            yield
+            is_kept = True
+        finally:
+            if not is_kept:
+                self.close_fd(fd)
 
     def trim(self) -> None:
         """Close what was used least recently (second chance) until the limit holds."""
@@ -150,9 +174,11 @@ class Layer:
 
     root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it
     lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk. is_disk:
-    it waits for a disk at most, and not for a server that may never answer.
+    it waits for a disk at most, and not for a server that may never answer. is_remote: it may not answer (`remote`).
     is_nosuid, is_nodev: its mount gives set-id bits and capabilities, or device nodes, no effect.
     """
+
+    is_remote = False
 
     def __init__(self, root_fd: int, index: int, fs: int, *, is_clone: bool, mark_prefix: bytes, cache: DescriptorCache) -> None:
         self.root_fd = root_fd
@@ -258,6 +284,33 @@ class Layer:
     def listxattr(self, dirfd: int, name: bytes) -> list[bytes]:
         return self.reads.listxattr(dirfd, name)
 
+    def statx(self, dirfd: int, name: bytes) -> syscalls.Statx:
+        """statx(2) of a name; empty: of dirfd itself."""
+        return syscalls.statx(dirfd, name)
+
+    def statvfs(self, fd: int) -> os.statvfs_result:
+        """statvfs(3) of the layer's file system, by any descriptor in it."""
+        return os.statvfs(fd)
+
+    def handle(self, dirfd: int, name: bytes) -> syscalls.FileHandle:
+        """name_to_handle_at(2) of a name; empty: of dirfd itself."""
+        return syscalls.name_to_handle_at(dirfd, name)
+
+    def stat_by_handle(self, mount_fd: int, handle: syscalls.FileHandle) -> Stat | None:
+        """What a file handle names on this layer's file system. None: it is gone (ESTALE), or we may not ask (CAP_DAC_READ_SEARCH)."""
+        try:
+            fd = syscalls.open_by_handle_at(mount_fd, handle, os.O_PATH)
+        except OSError:
+            return None
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    def verity(self, fd: int) -> tuple[int, bytes] | None:
+        """(algorithm, digest) of an open file; None where it has no fs-verity."""
+        return syscalls.measure_verity(fd)
+
     def getmark(self, dirfd: int, name: bytes, mark: bytes) -> bytes | None:
         """One of the overlay's own marks, in this mount's spelling."""
         return self.getxattr(dirfd, name, self.mark_prefix + mark)
@@ -305,8 +358,11 @@ class Layer:
         except OSError as error:
             if error.errno != errno.EXDEV or not directory.is_masked or directory.parent is None:
                 raise
-            # A mount that may not be looked behind: the attributes are those of what is mounted, and it shows empty.
-            return os.open(directory.name, _OPEN_DIR, dir_fd=self.dirfd(directory.parent))
+            return self.open_covered(self.dirfd(directory.parent), directory.name)
+
+    def open_covered(self, dirfd: int, name: bytes) -> int:
+        """O_PATH descriptor of a mount that may not be looked behind: the attributes are those of what is mounted, and it shows empty."""
+        return os.open(name, _OPEN_DIR, dir_fd=dirfd)
 
     def scan(self, dirfd: int) -> dict[bytes, int]:
         """The names in a directory and their formats, see `Reads`."""

@@ -12,7 +12,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from pyoverlay.core import marks, syscalls
+from pyoverlay.core import marks
 from pyoverlay.core.inode import UPPER, Data
 from pyoverlay.core.layer import Layer, LowerDir, Place, next_with
 from pyoverlay.core.syscalls import Stat
@@ -144,7 +144,7 @@ class Merge:
     def _is_masked(self, layer: Layer, dirfd: int, name: bytes, st: Stat) -> bool:
         if (st.st_dev, st.st_ino) in self._masked:
             return True
-        return not layer.is_clone and syscalls.statx(dirfd, name).is_mount_root
+        return not layer.is_clone and layer.statx(dirfd, name).is_mount_root
 
     # -- the data of files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from pyoverlay.core import marks, syscalls
+from pyoverlay.core import marks
 from pyoverlay.core.inode import Data
 from pyoverlay.core.layer import Lower
 from pyoverlay.core.policy import Verity
@@ -26,40 +26,38 @@ class DataFiles:
     def open(self, data: Data) -> int:
         """Descriptor that reads. ENOENT: no data-only layer has them; EIO: not what the digest says (ovl_validate_verity)."""
         if data.directory is None:
-            fd = self._open_in_data_layers(data.path)
+            layer, fd = self._open_in_data_layers(data.path)
         else:
             layer = data.directory.layer
             fd = layer.open_read(layer.dirfd(data.directory), data.name)
-        try:
-            self._check_digest(fd, data.mark)
-        except OSError:
-            os.close(fd)
-            raise
+        with layer.cache.closed_on_failure(fd):
+            self._check_digest(layer, fd, data.mark)
         return fd
 
-    def _open_in_data_layers(self, path: tuple[bytes, ...]) -> int:
+    def _open_in_data_layers(self, path: tuple[bytes, ...]) -> tuple[Lower, int]:
         for layer in self.layers:
             try:
-                above = layer.open_descendant(layer.root_fd, path[:-1]) if path[1:] else os.dup(layer.root_fd)
+                above = layer.open_descendant(layer.root_fd, path[:-1]) if path[1:] else layer.root_fd
             except (FileNotFoundError, NotADirectoryError):
                 continue
             try:
-                return layer.open_read(above, path[-1])
+                return layer, layer.open_read(above, path[-1])
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ESTALE):  # a symlink; a directory, a fifo
                     raise
             finally:
-                os.close(above)
+                if above != layer.root_fd:
+                    os.close(above)
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def _check_digest(self, fd: int, mark: bytes) -> None:
+    def _check_digest(self, layer: Lower, fd: int, mark: bytes) -> None:
         if self._verity is Verity.OFF:
             return
         wanted = marks.decode_metacopy(mark)
         if wanted is None:
             if self._verity is Verity.REQUIRE:
                 raise OSError(errno.EIO, "no digest")
-        elif syscalls.measure_verity(fd) != wanted:
+        elif layer.verity(fd) != wanted:
             raise OSError(errno.EIO, "not the digest")
 
     def blocks(self, data: Data, st: Stat) -> int:

@@ -18,14 +18,14 @@ class Origins:
 
     def __init__(self, lowers: Iterable[Layer], *, with_uuid: bool = True) -> None:
         self.with_uuid = with_uuid
-        self._filesystems: dict[int, tuple[bytes, int]] = {}
+        self._filesystems: dict[int, tuple[bytes, int, Layer]] = {}
         for lower in lowers:
             if lower.fs not in self._filesystems:
                 fd = readable_dir(lower.root_fd)
-                self._filesystems[lower.fs] = (syscalls.filesystem_uuid(fd) if with_uuid else bytes(16), fd)
+                self._filesystems[lower.fs] = (syscalls.filesystem_uuid(fd) if with_uuid else bytes(16), fd, lower)
 
     def close(self) -> None:
-        for _, fd in self._filesystems.values():
+        for _, fd, _ in self._filesystems.values():
             os.close(fd)
         self._filesystems = {}
 
@@ -35,9 +35,9 @@ class Origins:
 
     def of(self, place: Place) -> marks.Origin | None:
         """The handle of a lower object; None where its file system has none."""
-        uuid, _ = self._filesystems[place.layer.fs]
+        uuid, _, _ = self._filesystems[place.layer.fs]
         try:
-            return marks.Origin(uuid, syscalls.name_to_handle_at(place.dirfd, place.name))
+            return marks.Origin(uuid, place.layer.handle(place.dirfd, place.name))
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EOVERFLOW):
                 return None
@@ -45,15 +45,9 @@ class Origins:
 
     def find(self, origin: marks.Origin) -> tuple[int, Stat] | None:
         """(file system, attributes) of the object that a handle names, or None: gone, of another file system, or we may not ask."""
-        same = [(fs, fd) for fs, (uuid, fd) in self._filesystems.items() if uuid == origin.uuid]
+        same = [(fs, fd, layer) for fs, (uuid, fd, layer) in self._filesystems.items() if uuid == origin.uuid]
         if not same:
             return None
-        fs, mount_fd = same[0]
-        try:
-            fd = syscalls.open_by_handle_at(mount_fd, origin.handle, os.O_PATH)
-        except OSError:
-            return None  # ESTALE: the lower was changed; EPERM: no CAP_DAC_READ_SEARCH. The number is then the upper's own.
-        try:
-            return fs, os.fstat(fd)
-        finally:
-            os.close(fd)
+        fs, mount_fd, layer = same[0]
+        st = layer.stat_by_handle(mount_fd, origin.handle)
+        return None if st is None else (fs, st)  # without it the number is the upper's own

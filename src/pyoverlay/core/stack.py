@@ -20,6 +20,7 @@ from pyoverlay.core.layer import DescriptorCache, Lower, Place, closed_on_failur
 from pyoverlay.core.overrides import OverridingCalls
 from pyoverlay.core.policy import Policy, Uuid, Whiteouts
 from pyoverlay.core.probe import ProbedLower
+from pyoverlay.core.remote import RemoteLower, is_local
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View
 
@@ -55,7 +56,8 @@ def open_view(
         for index, path in enumerate((*lowers, *data_layers), start=1):
             root, is_clone = _open_lower(path, policy)
             fs = _filesystem(root, filesystems)
-            lower = Lower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
+            kind = Lower if is_local(root) else RemoteLower
+            lower = kind(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
             lower.override = policy.override.attribute
             if is_clone:
                 _open_no_devices(root)  # now that the layer knows what the mount it comes from says of them

@@ -27,6 +27,7 @@ from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS, Owners
 from pyoverlay.core.policy import Policy, Uuid
 from pyoverlay.core.reads import Reads
+from pyoverlay.core.remote import MustAsk, RemoteLower
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 
@@ -74,6 +75,7 @@ class View:
         self._reported: set[bytes] = set()
         self.origins = Origins(lowers, with_uuid=policy.uuid is not Uuid.OFF)
         self.index: Index | None = None
+        self.remotes = tuple(lower for lower in (*lowers, *data_layers) if isinstance(lower, RemoteLower))
         roots = tuple(lower.root for lower in lowers)
         follows = policy.redirect_dir.is_followed and not policy.userxattr
         self._merge = Merge(roots, has_data_layers=bool(data_layers), follows=follows, masked=masked)
@@ -116,9 +118,10 @@ class View:
             layer.close()
 
     def read_by(self, reads: Reads) -> None:
-        """Have every layer read by these calls."""
+        """Have every layer read by these calls, but for remote ones: a call that a server does not answer must not hold up Python."""
         for layer in (*self.lowers, *self.data_files.layers, *([self._upper] if self._upper is not None else [])):
-            layer.reads = reads
+            if not layer.is_remote:
+                layer.reads = reads
 
     def trim(self) -> None:
         """Close what the descriptor limit does not allow. Between operations only."""
@@ -248,6 +251,13 @@ class View:
         layer = self.data_layer(inode)
         return layer is not None and layer.is_memory
 
+    def remote_data(self, inode: Inode) -> RemoteLower | None:
+        """The lower that has to be asked for a regular file's data, if it may not answer; where they have yet to be found, a likely one."""
+        layer = self.data_layer(inode)
+        if layer is None and inode.metacopy is not None:
+            return next((each for each in self.data_files.layers if isinstance(each, RemoteLower)), None)
+        return layer if isinstance(layer, RemoteLower) else None
+
     def data_fd(self, inode: Inode, *, write: bool = False) -> int:
         """Descriptor of a regular file's data, of its upper copy if there is one. EROFS for writing if there is none, or not the data.
 
@@ -295,22 +305,24 @@ class View:
                 parents = tuple(lower for lower in parents if lower.layer.index > layer.index)
             known_as = inode.name if inode.in_upper else inode.lower_name
             inode.metacopy = self._merge.data(Place(layer, dirfd, name), mark, parents, known_as)
-        except OSError:
-            os.close(fd)
+        except (OSError, MustAsk):
+            self.cache.close_fd(fd)
             raise
-        os.close(fd)
+        self.cache.close_fd(fd)
         return -1
 
     def own_fd(self, inode: Inode) -> int:
-        """A descriptor, to be closed, of a regular file itself, wherever its data are. It reads: an immutable file refuses more."""
+        """A descriptor, for `cache.close_fd`, of a regular file itself, wherever its data are. It reads: an immutable file refuses more."""
         if inode.metacopy is None and inode.fd >= 0:
-            return os.dup(inode.fd)
+            return self.cache.dup(inode.fd)
         layer, dirfd, name = self.place(inode)
         return layer.open_read(dirfd, name) if name else self.upper.open_pinned(dirfd, os.O_RDONLY)
 
     def set_data_fd(self, inode: Inode, fd: int, *, is_writable: bool) -> int:
         """Keep this as the inode's descriptor, under the number it has if it has one: a reader in a thread goes on with the new file."""
         inode.is_writable = is_writable
+        if inode.fd in self.cache.closers:
+            self.cache.close(inode)  # who reads from a remote one has a duplicate
         if inode.fd < 0:
             self.cache.put(inode, fd)
         else:
@@ -394,7 +406,8 @@ class View:
 
     def statfs(self) -> os.statvfs_result:
         """The upper's; of a read-only mount the top lower's."""
-        return os.statvfs((self._upper or self.lowers[0]).root_fd)
+        layer = self._upper or self.lowers[0]
+        return layer.statvfs(layer.root_fd)
 
     # -- lookup
 

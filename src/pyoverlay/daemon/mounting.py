@@ -65,6 +65,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         entry = _Entry(layers, request.options, rules, point, keeps_awake=latency_fd >= 0)
         held.callback(entry.close)
         operations = operations_for(view, wire, writeback=request.options.writeback)
+        held.callback(operations.asking.close)
         proc = open_proc()
         held.callback(os.close, proc)
         session = Session(
@@ -73,6 +74,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
             stop_timeout=request.options.stop_timeout,
             who_holds=lambda: _who_holds(proc, point),
             beside=lambda: entry.tell(operations),
+            asking=operations.asking,
         )
         logs.stay_off_source_files()
 

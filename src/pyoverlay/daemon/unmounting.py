@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,9 @@ from pyoverlay.fuse.mountpoint import fusermount
 
 OUR_TYPE = "fuse.pyoverlay"
 
+_LOOK = 0.2  # seconds between two looks at a daemon that is to end
+_THREADS_END = 2.0  # seconds in which the threads of a process that has ended are gone, unless something holds them
+
 # Seconds that a mount which is only to be detached may take to sync.
 _LAZY_PATIENCE = 5.0
 
@@ -31,8 +35,8 @@ def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> str |
     """Unmount the overlay at `merged` and return when its upper is synced and its daemon gone.
 
     lazily: detach it, synced where its daemon answers, and wait for nobody. wait: seconds for an answer, and for the daemon's end. What
-    it returns is to be told to people: the daemon had died before. Raises Refusal: not a mount of ours, busy, its daemon does not answer
-    or could not sync the upper; DaemonFailed: it does not end.
+    it returns is to be told to people: the daemon had died before, or has a thread left that a lower does not answer. Raises Refusal: not
+    a mount of ours, busy, its daemon does not answer or could not sync the upper; DaemonFailed: it does not end.
     """
     mount, record = _find(merged, _mount_point(merged))
     if record is None or not record.is_alive:
@@ -42,14 +46,13 @@ def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> str |
         if pidfd is not None:
             _sync(merged, mount, record, lazily=lazily, wait=wait)
         _take_away(merged, mount, lazily=lazily, wait=wait)
-        if pidfd is not None and not lazily:
-            _wait(merged, mount, record, pidfd, wait)
+        note = _wait(merged, mount, record, pidfd, wait) if pidfd is not None and not lazily else None
     finally:
         if pidfd is not None:
             os.close(pidfd)
     if not lazily:
         _report_failure(merged, record)
-    return None
+    return note
 
 
 def _take_away_dead(merged: bytes, mount: mountinfo.Mount, record: registry.Record | None, *, lazily: bool, wait: float) -> str:
@@ -220,13 +223,24 @@ def _busy(merged: bytes, mount: mountinfo.Mount) -> Refusal:
     return Refusal(merged, f"busy: held by {described(found)}", errno.EBUSY, "end that, or detach it with --lazy")
 
 
-def _wait(merged: bytes, mount: mountinfo.Mount, record: registry.Record, pidfd: int, seconds: float) -> None:
+def _wait(merged: bytes, mount: mountinfo.Mount, record: registry.Record, pidfd: int, seconds: float) -> str | None:
+    """Until the daemon has ended. One that has done all it had to may have threads that wait for a lower's server, which no signal ends:
+    what it returns says so.
+    """
+    end = time.monotonic() + seconds
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    if not poll.poll(seconds * 1000):
+    while not poll.poll(min(_LOOK, max(end - time.monotonic(), 0)) * 1000):
+        if registry.has_ended(record.pid):
+            if poll.poll(_THREADS_END * 1000):
+                return None
+            return f"{printable(merged)}: unmounted; a thread of its daemon (pid {record.pid}) is left, which waits for a lower's server"
+        if time.monotonic() < end:
+            continue
         raise DaemonFailed(
             f"{printable(merged)}: unmounted, but its daemon (pid {record.pid}) has not ended within {seconds:g} s: {_what_keeps_it(mount)}"
         )
+    return None
 
 
 def _what_keeps_it(mount: mountinfo.Mount) -> str:

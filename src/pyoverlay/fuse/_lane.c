@@ -3,7 +3,8 @@
  * Every other request waits behind the receiver's thread. So a READ is first tried with RWF_NOWAIT. What is not in the page cache a few
  * threads read; but waking one costs about as much as a fast disk takes, so that the receiver waits for a disk itself where nobody else
  * asks for anything, until that was slow once. A WRITE only waits where the kernel throttles the writer: it is made at once until one was
- * slow, and then by the threads for a while.
+ * slow, and then by the threads for a while. What a server has to be asked for is not even tried, since it may never answer, and is left to
+ * threads that ask no other.
  */
 #define _GNU_SOURCE
 #include "_lane.h"
@@ -26,7 +27,7 @@ enum {
 	DATA_AT = PAGE,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
 	WRITE_KILL_SUIDGID = 4,
 	FSYNC_DATA_ONLY = 1,
-	THREADS = 4,
+	THREADS = 4,                         /* of a queue */
 	QUEUED_BYTES = 64 << 20,             /* of writes; past it the receiver writes itself, and so everybody is slowed down */
 };
 static const double SLOW_WRITE = 5e3, SLOW_READ = 2e3, PRESSURE = 1e6;        /* microseconds */
@@ -35,7 +36,7 @@ struct node {
 	uint64_t id;                         /* 0: an empty slot */
 	int read_fd, write_fd;
 	int links;
-	unsigned flags;
+	unsigned flags, server;
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -54,11 +55,17 @@ struct job {
 	const char *data;
 };
 
+struct queue {                               /* and the threads that serve it, which never end */
+	struct queue *next;
+	unsigned server;
+	pthread_cond_t filled;
+	struct job *head, **tail;
+	int jobs, threads, idle_threads;
+};
+
 static pthread_mutex_t queue_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t queue_filled = PTHREAD_COND_INITIALIZER;
-static struct job *queue_head, **queue_tail = &queue_head;
+static struct queue disks = { .filled = PTHREAD_COND_INITIALIZER, .tail = &disks.head };
 static size_t queued_bytes;
-static int queued_jobs, threads, idle_threads;
 
 double monotonic_us(void)
 {
@@ -132,7 +139,7 @@ static struct node *known_or_new(uint64_t id)
 	if (used * 2 >= slots && !resize(slots ? slots * 2 : 64))
 		return NULL;
 	n = find(id);
-	*n = (struct node){ id, -1, -1, LANE_NO_ATTRIBUTES, 0 };
+	*n = (struct node){ id, -1, -1, LANE_NO_ATTRIBUTES, 0, 0 };
 	used++;
 	return n;
 }
@@ -164,7 +171,7 @@ static void delete_if_empty(struct node *n)
 		delete(n);
 }
 
-int lane_set(uint64_t node, int read_fd, int write_fd, int links, int waits)
+int lane_set(uint64_t node, int read_fd, int write_fd, int links, int waits, unsigned server)
 {
 	struct node *n = read_fd < 0 && write_fd < 0 ? known(node) : known_or_new(node);
 	if (!n)
@@ -177,6 +184,9 @@ int lane_set(uint64_t node, int read_fd, int write_fd, int links, int waits)
 		n->flags |= IN_MEMORY | NO_NOWAIT;
 	else if (waits == LANE_WAITS_FOR_DISK)
 		n->flags |= ON_DISK;
+	if (server)
+		n->flags |= NO_NOWAIT;
+	n->server = server;
 	delete_if_empty(n);
 	return 0;
 }
@@ -247,20 +257,21 @@ static void finish(struct job *j)
 	free(j);
 }
 
-static void *serve_queue(void *unused)
+static void *serve_queue(void *of)
 {
-	(void)unused;
+	struct queue *q = of;
+
 	for (;;) {
 		pthread_mutex_lock(&queue_lock);
-		idle_threads++;
-		while (!queue_head)
-			pthread_cond_wait(&queue_filled, &queue_lock);
-		idle_threads--;
-		struct job *j = queue_head;
-		queue_head = j->next;
-		queued_jobs--;
-		if (!queue_head)
-			queue_tail = &queue_head;
+		q->idle_threads++;
+		while (!q->head)
+			pthread_cond_wait(&q->filled, &queue_lock);
+		q->idle_threads--;
+		struct job *j = q->head;
+		q->head = j->next;
+		q->jobs--;
+		if (!q->head)
+			q->tail = &q->head;
 		pthread_mutex_unlock(&queue_lock);
 		finish(j);
 	}
@@ -268,7 +279,7 @@ static void *serve_queue(void *unused)
 }
 
 /* With queue_lock held. Signals are Python's: its main thread must be the one that wakes. */
-static bool start_thread(void)
+static bool start_thread(struct queue *q)
 {
 	pthread_attr_t small;
 	pthread_t thread;
@@ -279,10 +290,10 @@ static bool start_thread(void)
 	pthread_attr_init(&small);
 	pthread_attr_setstacksize(&small, 128 << 10);
 	pthread_attr_setdetachstate(&small, PTHREAD_CREATE_DETACHED);
-	bool started = pthread_create(&thread, &small, serve_queue, NULL) == 0;
+	bool started = pthread_create(&thread, &small, serve_queue, q) == 0;
 	pthread_attr_destroy(&small);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	threads += started;
+	q->threads += started;
 	return started;
 }
 
@@ -295,27 +306,46 @@ static void drop(struct job *j)
 	free(j);
 }
 
-/* False: no descriptor or thread is to be had, or too much is queued. */
-static bool give(struct job *j)
+/* With queue_lock held. A server's queue is made when it is first used; NULL: no memory for it. */
+static struct queue *queue_of(unsigned server)
+{
+	struct queue *q = &disks;
+
+	while (q->server != server && q->next)
+		q = q->next;
+	if (q->server == server)
+		return q;
+	struct queue *fresh = calloc(1, sizeof *fresh);
+	if (!fresh)
+		return NULL;
+	fresh->server = server;
+	fresh->tail = &fresh->head;
+	pthread_cond_init(&fresh->filled, NULL);
+	return q->next = fresh;
+}
+
+/* False: no memory, descriptor or thread is to be had, or too much is queued. */
+static bool give(struct job *j, unsigned server)
 {
 	size_t bytes = j->data ? j->size : 0;
 
 	pthread_mutex_lock(&queue_lock);
-	bool ready = j->device >= 0 && j->fd >= 0 && (!bytes || queued_bytes + bytes <= QUEUED_BYTES)
-		&& (idle_threads > queued_jobs || threads == THREADS || start_thread() || threads);
+	struct queue *q = queue_of(server);
+	bool ready = q && j->device >= 0 && j->fd >= 0 && (!bytes || queued_bytes + bytes <= QUEUED_BYTES)
+		&& (q->idle_threads > q->jobs || q->threads == THREADS || start_thread(q) || q->threads);
 	if (ready) {
-		*queue_tail = j;
-		queue_tail = &j->next;
-		queued_jobs++;
+		*q->tail = j;
+		q->tail = &j->next;
+		q->jobs++;
 		queued_bytes += bytes;
-		pthread_cond_signal(&queue_filled);
+		pthread_cond_signal(&q->filled);
 	}
 	pthread_mutex_unlock(&queue_lock);
 	return ready;
 }
 
 /* False: no memory, descriptor or thread is to be had, and nothing was queued. A WRITE's buffer goes with the job. */
-static bool enqueue(int device, int fd, struct request *r, uint64_t offset, uint32_t size, const char *data)
+static bool enqueue(int device, int fd, unsigned server, struct request *r, uint64_t offset, uint32_t size, const char *data)
 {
 	struct job *j = malloc(sizeof *j);
 
@@ -323,7 +353,7 @@ static bool enqueue(int device, int fd, struct request *r, uint64_t offset, uint
 		return false;
 	*j = (struct job){ .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = fcntl(fd, F_DUPFD_CLOEXEC, 3), .opcode = header_of(r)->opcode,
 		.size = size, .unique = header_of(r)->unique, .offset = offset, .data = data, .mem = data ? r->mem : NULL };
-	if (!give(j)) {
+	if (!give(j, server)) {
 		drop(j);
 		return false;
 	}
@@ -342,7 +372,7 @@ void lane_sync(int device, const struct request *r, int fd)
 	sync.size = flags & FSYNC_DATA_ONLY;
 	if ((j = malloc(sizeof *j))) {
 		*j = sync;
-		if (give(j))
+		if (give(j, 0))
 			return;
 		free(j);
 	}
@@ -417,7 +447,7 @@ static bool answer_read(int device, struct request *r, struct node *n)
 	if (got == -EBADF)
 		return false;                /* Python has another way to the file, or the right error */
 	if (got == -EAGAIN) {
-		if (!enqueue(device, n->read_fd, r, in->offset, in->size, NULL))
+		if (!enqueue(device, n->read_fd, n->server, r, in->offset, in->size, NULL))
 			return false;
 		counts.queued_reads++;
 		return true;
@@ -443,7 +473,7 @@ static bool answer_write(int device, struct request *r, struct node *n)
 	if (n->write_fd < 0 || body_size(r) < sizeof *in || body_size(r) - sizeof *in != in->size || must_strip(n->write_fd, in))
 		return false;
 	double begin = monotonic_us();
-	if (begin < pressure_until && enqueue(device, n->write_fd, r, in->offset, in->size, data)) {
+	if (begin < pressure_until && enqueue(device, n->write_fd, 0, r, in->offset, in->size, data)) {
 		counts.queued_writes++;
 	} else {
 		ssize_t put = pwrite(n->write_fd, data, in->size, (off_t)in->offset);

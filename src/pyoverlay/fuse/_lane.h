@@ -40,8 +40,9 @@ enum { LANE_WAITS_FOR_ANYTHING, LANE_WAITS_FOR_DISK, LANE_WAITS_FOR_NOTHING };
 
 /* With the lock held. 0 or -ENOMEM. A descriptor of -1 is none; node 0 is no node. links: with LANE_NO_ATTRIBUTES GETATTR and SETATTR are
  * Python's; else what fstat says of read_fd, but for the number, is what the node shows, with so many links, and changing it through
- * write_fd is all there is to changing it. waits: what reading its data may wait for. */
-int lane_set(uint64_t node, int read_fd, int write_fd, int links, int waits);
+ * write_fd is all there is to changing it. waits: what reading its data may wait for. server: 0, or who has to be asked for them and may not
+ * answer: it has threads of its own. */
+int lane_set(uint64_t node, int read_fd, int write_fd, int links, int waits, unsigned server);
 int lane_set_no_xattr(uint64_t node, bool absent, bool lists_nothing);
 bool lane_take_written(uint64_t node);       /* 0: any node */
 void lane_clear(void);

@@ -280,6 +280,31 @@ static ssize_t receive(int device)
 	}
 }
 
+/* True if Python has dealt with it and libfuse, which never saw the request it is about, should not. */
+static bool interrupted(const char *body, size_t size)
+{
+	uint64_t unique;
+
+	if (!wire.on_interrupt || size < sizeof unique)
+		return false;
+	memcpy(&unique, body, sizeof unique);
+	PyObject *done = PyObject_CallFunction(wire.on_interrupt, "K", (unsigned long long)unique);
+	if (!done)
+		PyErr_WriteUnraisable(wire.on_interrupt);
+	bool is_ours = done && PyObject_IsTrue(done) == 1;
+	Py_XDECREF(done);
+	return is_ours;
+}
+
+/* The mount is gone: nobody waits for what is under way. */
+static void end(struct fuse_session *se)
+{
+	uint64_t all = 0;
+
+	libfuse.exit(se);
+	interrupted((const char *)&all, sizeof all);
+}
+
 /* The buffer is one for all of pyfuse3's tasks: nothing of a request is used after process_buf, which takes it back from the task. */
 int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
@@ -296,7 +321,7 @@ int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 	if (n > 0)
 		*buf = (struct fuse_buf){ .size = (size_t)n, .mem = wire.now.mem, .fd = -1 };
 	else if (n == 0)
-		libfuse.exit(se);
+		end(se);
 	return (int)n;
 }
 
@@ -402,22 +427,6 @@ static void process_as_read(struct fuse_session *se, const struct in_header *hea
 	read.head.opcode = OP_READ;
 	read.head.extensions = 0;
 	libfuse.process_buf(se, &small.buf);
-}
-
-/* True if Python has dealt with it and libfuse, which never saw the request it is about, should not. */
-static bool interrupted(const char *body, size_t size)
-{
-	uint64_t unique;
-
-	if (!wire.on_interrupt || size < sizeof unique)
-		return false;
-	memcpy(&unique, body, sizeof unique);
-	PyObject *done = PyObject_CallFunction(wire.on_interrupt, "K", (unsigned long long)unique);
-	if (!done)
-		PyErr_WriteUnraisable(wire.on_interrupt);
-	bool is_ours = done && PyObject_IsTrue(done) == 1;
-	Py_XDECREF(done);
-	return is_ours;
 }
 
 static void process(struct fuse_session *se, const struct fuse_buf *buf)
@@ -546,12 +555,13 @@ static PyObject *lane(PyObject *self, PyObject *args)
 {
 	unsigned long long node;
 	int read_fd, write_fd, links = LANE_NO_ATTRIBUTES, waits = LANE_WAITS_FOR_ANYTHING;
+	unsigned server = 0;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "Kii|ii", &node, &read_fd, &write_fd, &links, &waits))
+	if (!PyArg_ParseTuple(args, "Kii|iiI", &node, &read_fd, &write_fd, &links, &waits, &server))
 		return NULL;
 	lock_lane();
-	int result = lane_set(node, read_fd, write_fd, links, waits);
+	int result = lane_set(node, read_fd, write_fd, links, waits, server);
 	lane_unlock();
 	return none_or_memory_error(result);
 }

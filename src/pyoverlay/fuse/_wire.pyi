@@ -32,7 +32,8 @@ def serve(
     """Say what Python wants of the next session, before it is mounted; forgotten when pyfuse3 closes it.
 
     `init` gets INIT as the kernel sent it and the reply of libfuse, both with their headers, and returns the reply that is sent.
-    `interrupt` gets the `unique` of a request whose caller has been killed; True keeps the message from libfuse.
+    `interrupt` gets the `unique` of a request whose caller has been killed; True keeps the message from libfuse. It gets 0 when the mount
+    is gone.
     A request whose opcode is in `opcodes` calls pyfuse3's `read(fh=0, off=0, size=0)`: the handler finds the real one by
     `whole_request()`, and what it returns is the body of the reply. ValueError: an opcode below 0 or above 63.
     `direct` has a function for each opcode that is answered by a plain call, on the thread that receives, before pyfuse3 sees it; it gets
@@ -50,7 +51,7 @@ def request() -> tuple[int, int, int, int, int, int, bytes]:
 def whole_request() -> tuple[int, int, int, int, int, int, bytes]:
     """The same with the whole body."""
 
-def lane(node: int, read_fd: int, write_fd: int, links: int = -1, waits: int = 0, /) -> None:
+def lane(node: int, read_fd: int, write_fd: int, links: int = -1, waits: int = 0, server: int = 0, /) -> None:
     """From now on answer READ of `node` from `read_fd` and WRITE by `write_fd`, in C; -1 is none, and leaves them to Python.
 
     The call waits while the receiver uses the node's descriptors: when it returns, what was registered before may be closed. Requests
@@ -62,7 +63,8 @@ def lane(node: int, read_fd: int, write_fd: int, links: int = -1, waits: int = 0
     takes suid or sgid away, goes to Python.
 
     `waits`: what reading may wait for: 2 nothing, the data are in memory; 1 a disk, and then the receiver may wait itself as long as that
-    is quick and nobody else asks for anything; 0 a server that may never answer, and then a thread does.
+    is quick and nobody else asks for anything; 0 a server that may never answer, and then a thread does. `server`: not 0, a number for who
+    has to be asked for the data: reading is left to threads that ask nobody else.
     """
 
 def latency(fd: int, /) -> None:

@@ -10,9 +10,10 @@ A file handle is the node id: descriptors belong to inodes, not to opens.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from pyoverlay.core import attributes, change, copyup
 from pyoverlay.core import rename as renaming
@@ -22,6 +23,7 @@ from pyoverlay.core.copyup_directory import copy_up_directory
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.policy import Fsync, Verity
+from pyoverlay.core.remote import MustAsk, Question
 from pyoverlay.core.rename import Side
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, Stat
 from pyoverlay.core.view import View, failure
@@ -32,6 +34,7 @@ INLINE_COPY, INLINE_ORDERED = 256 << 10, 64 << 10
 _SLOW, _WHILE = 5e-3, 1.0
 
 SELF_AND_ABOVE = (b".", b"..")  # entries for which the kernel takes no reference
+_AT_A_TIME = 32  # entries that remote lowers are asked about together
 _DOT, _DOTDOT = 1, 2  # offsets of "." and ".."; a Listing's begin after them
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
 _SAID_OF_MARKS = (errno.EIO, errno.EPERM, errno.EINVAL, errno.ESTALE)
@@ -136,6 +139,8 @@ class Answers:
         """Would reading these bytes not wait for a disk? Judged by the first and the last."""
         if self.view.is_memory(inode) or not length:
             return True
+        if self.view.remotes and self.view.remote_data(inode) is not None:
+            return False
         fd = self.view.data_fd(inode)
         try:
             return all(os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) >= 0 for at in {offset, offset + length - 1})
@@ -352,7 +357,7 @@ class Answers:
     def entries(self, ino: int, offset: int, room: int) -> list[tuple[int, bytes, Shown]]:
         """(offset, name, what it shows) of the entries past an offset, as many as a READDIRPLUS of so many bytes has room for.
 
-        All but "." and ".." give the kernel a reference.
+        All but "." and ".." give the kernel a reference. What a remote lower has to be asked for is for the next request to say.
         """
         directory = self.view.directory(ino)
         listing = self.view.listing(directory)
@@ -364,13 +369,41 @@ class Answers:
             shown.append((place, name, self.shown(inode, st)))
         offset = max(offset, _DOTDOT)
         while some := _fitting(listing.after(offset), room):
-            for offset, name, inode, st in self._found(directory, some):
-                inode.nlookup += 1
-                shown.append((offset, name, self.shown(inode, st)))
+            try:
+                for offset, name, inode, st in self._found(directory, some):
+                    inode.nlookup += 1
+                    shown.append((offset, name, self.shown(inode, st)))
+            except MustAsk:
+                if not shown:
+                    raise
             if shown:
                 break
             offset, _ = some[-1]  # not one of these was there, and an empty answer would be the end of the listing
         return shown
+
+    def unanswered(self, ino: int, offset: int) -> list[Question]:
+        """What remote lowers have to be asked before the next entries past an offset can be told: of many at once, for else each would wait
+        for the answer of the one before it.
+        """
+        view = self.view
+        if not view.remotes:
+            return []
+        directory = view.directory(ino)
+        questions: dict[Hashable, Question] = {}
+        for _, name in itertools.islice(view.listing(directory).after(max(offset, _DOTDOT)), _AT_A_TIME):
+            try:
+                found = view.lookup(directory, name)
+            except MustAsk as must:
+                if must.question is None:
+                    raise
+                if questions.setdefault(must.question.key, must.question) is not must.question:
+                    must.question.drop()
+            except OSError:
+                continue  # for `walk` to meet
+            else:
+                if found is not None:
+                    view.release(found[0])  # the kernel has no reference yet
+        return list(questions.values())
 
 
 def _fitting(places: Iterator[tuple[int, bytes]], room: int) -> list[tuple[int, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -12,6 +13,7 @@ from pyoverlay.core.detach import Detachment
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.view import View
 from pyoverlay.fuse.answers import INLINE_COPY
+from pyoverlay.fuse.asking import Asking
 from pyoverlay.fuse.loop import Turns
 
 
@@ -32,36 +34,44 @@ class InThread(Protocol):
     def __call__(self, call: Callable[..., object], *arguments: object) -> Awaitable[object]: ...
 
 
-async def detach(view: View, directory: Directory, copying: dict[Inode, UnderWay], request: int, in_thread: InThread) -> None:
+async def detach(
+    view: View, directory: Directory, copying: dict[Inode, UnderWay], request: int, in_thread: InThread, asking: Asking
+) -> None:
     """Raises what `core.detach` does; EINTR when the caller was killed. What was copied until then is gone."""
     turns = Turns()
     with Detachment(view, directory, view.policy.rename_copy_limit) as tree:
-        for _ in tree.survey():
+        while await asking.step(lambda: next(tree.survey(), tree) is None):
             await turns.take()
         for inode in tree.files:
-            await _fill(tree, inode, copying, request, in_thread)
+            await _fill(tree, inode, copying, request, in_thread, asking)
             await turns.take()
         await in_thread(tree.put_on_disk)
         for inode in list(tree.copies):
             while (other := copying.get(inode)) is not None:
                 await other.done.wait()
-            tree.publish(inode)
+            await asking.step(partial(tree.publish, inode))
             await turns.take()
-        for _ in tree.detach():
+        for below in reversed(tree.directories):
+            await asking.step(partial(tree.detach_one, below))
             if directory.lowers:  # after the last one the rename follows at once
                 await turns.take()
 
 
-async def _fill(tree: Detachment, inode: Inode, copying: dict[Inode, UnderWay], request: int, in_thread: InThread) -> None:
+async def _fill(
+    tree: Detachment, inode: Inode, copying: dict[Inode, UnderWay], request: int, in_thread: InThread, asking: Asking
+) -> None:
     while (other := copying.get(inode)) is not None:
         await other.done.wait()
-    copy = tree.prepare(inode)
+    copy = await asking.step(partial(tree.prepare, inode))
     if copy is None:
         return
     this = copying[inode] = UnderWay(request)
     this.copy = copy
     try:
-        if copy.size <= INLINE_COPY:
+        remote = tree.view.remote_data(inode)
+        if remote is not None:
+            await asking.with_thread_of(remote, partial(copyup.fill, copy, False))
+        elif copy.size <= INLINE_COPY:
             copyup.fill(copy, is_ordered=False)
         else:
             await in_thread(copyup.fill, copy, False)

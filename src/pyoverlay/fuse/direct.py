@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyoverlay.core.attributes import Wanted
+from pyoverlay.core.remote import MustAsk
 from pyoverlay.fuse.answers import NotAtOnce
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def at_once(answers: Answers, name: str, method: Direct) -> Direct:
         except OSError as error:
             log.debug("%s of %s: %s", name, fields[0], error.strerror)
             return -(error.errno or errno.EIO)
-        except NotAtOnce:
+        except (NotAtOnce, MustAsk):
             return NotImplemented
         except Exception:  # a bug costs its caller one EIO, never the mount
             log.exception("%s failed", name)

@@ -14,6 +14,7 @@ processors a stock pyfuse3 answers a getattr in about 40 µs, of which two third
 
 import select
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -86,9 +87,10 @@ class WireDevice:
 
 
 class PolledDevice:
-    """Waits for a device that libfuse receives from: polls it a little before it sleeps."""
+    """Waits for a device that libfuse receives from: polls it a little before it sleeps. on_end: called when the mount is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        self._on_end = on_end
         self._polls: dict[int, select.poll] = {}
         self._turns = Turns()
         self._last = 0.0
@@ -98,6 +100,7 @@ class PolledDevice:
             await self._turns.take()
         else:
             await trio.lowlevel.wait_readable(fd)
+            self._is_readable(fd)  # or gone
             self._turns.begin()
         self._last = time.perf_counter()
 
@@ -105,9 +108,11 @@ class PolledDevice:
         poll = self._poll_of(fd).poll
         now = time.perf_counter()
         end = now + SPIN if now - self._last < BUSY else now
-        while not poll(0):
+        while not (found := poll(0)):
             if time.perf_counter() >= end:
                 return False
+        if found[0][1] & select.POLLERR:
+            self._on_end()
         return True
 
     def _poll_of(self, fd: int) -> select.poll:
@@ -128,9 +133,11 @@ class _Replaced:
         return getattr(self._module, name)
 
 
-def install(wire: Wire | None) -> None:
-    """Make pyfuse3 use this loop. Call it before `pyfuse3.main`, once a session."""
-    device = PolledDevice() if wire is None else WireDevice(wire)
+def install(wire: Wire | None, on_end: Callable[[], None] = lambda: None) -> None:
+    """Make pyfuse3 use this loop. Call it before `pyfuse3.main`, once a session. on_end: see PolledDevice; the extension has a way of
+    its own.
+    """
+    device = PolledDevice(on_end) if wire is None else WireDevice(wire)
     lowlevel = _Replaced(trio.lowlevel, wait_readable=device.wait_readable)
     pyfuse3.trio = _Replaced(trio, Lock=ReadLock, lowlevel=lowlevel)
 

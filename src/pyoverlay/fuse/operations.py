@@ -26,10 +26,12 @@ from pyoverlay.core import attributes, copyup
 from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Inode
 from pyoverlay.core.policy import Fsync
+from pyoverlay.core.remote import Errand, MustAsk
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
 from pyoverlay.fuse import detaching
 from pyoverlay.fuse.answers import SELF_AND_ABOVE, Answers, NotAtOnce, Shown
+from pyoverlay.fuse.asking import Asking, Header
 from pyoverlay.fuse.binding import pyfuse3
 from pyoverlay.fuse.detaching import UnderWay
 
@@ -68,7 +70,7 @@ def handler(method: Method) -> Method:
     async def answer(self: Operations, *arguments: Any) -> Any:
         self.answered[method.__name__] += 1
         try:
-            return await method(self, *arguments)
+            return await self._until_told(method, arguments)
         except OSError as error:
             log.debug("%s of %s: %s", method.__name__, arguments[0], error.strerror)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
@@ -97,6 +99,7 @@ class Operations(pyfuse3.Operations):
         self.answers = answers or Answers(view)
         self._copying: dict[Inode, UnderWay] = {}  # copy-ups whose data is on the way
         self.answers.copying = self._copying
+        self.asking = Asking(view.remotes, self._hold)
         self._nothing = pyfuse3.EntryAttributes()
         self._nothing.st_ino = 0
         self._nothing.entry_timeout = FOREVER
@@ -104,6 +107,21 @@ class Operations(pyfuse3.Operations):
     def requests(self) -> dict[str, int]:
         """How often each kind of request came. Where the extension is not loaded: those that have a handler of their own."""
         return dict(self.answered)
+
+    # -- lowers that may not answer
+
+    async def _until_told(self, method: Callable[..., Awaitable[Any]], arguments: tuple[Any, ...]) -> Any:
+        """What a handler returns, of which questions to remote lowers may make several calls: each begins anew."""
+        if not self.view.remotes:
+            return await method(self, *arguments)
+        return await self.asking.until_told(self._header(), lambda: method(self, *arguments))
+
+    def _header(self) -> Header | None:
+        """The header of the request being handled, where it is known."""
+        return None
+
+    def _hold(self, change: int) -> None:
+        """So many more calls, or fewer, are under way in threads."""
 
     # -- translation
 
@@ -132,6 +150,7 @@ class Operations(pyfuse3.Operations):
         wanted; returns whether the file is thereby truncated. attributes_only: none is wanted.
         """
         request = self._request() if request is None else request
+        copyup.consult(self.view, inode)
         while (other := self._copying.get(inode)) is not None:
             await other.done.wait()
         try:
@@ -143,12 +162,25 @@ class Operations(pyfuse3.Operations):
         this = self._copying[inode] = UnderWay(request)
         try:
             with copyup.prepare(self.view, inode, size, attributes_only=attributes_only) as this.copy:
-                await self._in_thread(copyup.fill, this.copy)
+                await self._fill(this.copy)
                 copyup.publish(self.view, this.copy)
                 return this.copy.is_truncation
         finally:
             del self._copying[inode]
             this.done.set()
+
+    async def _fill(self, copy: copyup.Copy) -> None:
+        remote = self.view.remote_data(copy.inode)
+        if remote is None:
+            await self._in_thread(copyup.fill, copy)
+        elif copy.completes:
+            await self.asking.with_thread_of(remote, lambda: copyup.fill(copy))  # into the upper's own file: not to be left alone with
+        else:
+            twin = copy.twin()
+            try:
+                await self.asking.send(Errand(remote, twin.fill_by, copy.fd, copy.source_fd))
+            finally:
+                twin.is_cancelled = True
 
     def _request(self) -> int:
         """The number of the request being handled, where it is known; to be asked before the first await."""
@@ -280,7 +312,7 @@ class Operations(pyfuse3.Operations):
         while missing := self.answers.to_copy_up_for_rename(*sides):
             await self._copy_up(missing[0], request=request, attributes_only=True)
         while merged := self.answers.to_detach_for_rename(*sides):
-            await detaching.detach(self.view, merged[0], self._copying, request, self._in_thread)
+            await detaching.detach(self.view, merged[0], self._copying, request, self._in_thread, self.asking)
         self.answers.rename(*sides)
 
     # -- files
@@ -308,6 +340,9 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:
         inode = self.view.inode(fh)
         fd = self.view.data_fd(inode)
+        if (remote := self.view.remote_data(inode)) is not None:
+            found: bytes = await self.asking.send(Errand(remote, lambda own_fd: os.pread(own_fd, size, off), fd))
+            return found
         data = bytearray(size)
         filled = 0
         try:
@@ -376,13 +411,21 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        for offset, name, inode, st in self.answers.walk(fh, start_id):
-            is_counted = name not in SELF_AND_ABOVE
-            if not pyfuse3.readdir_reply(token, name, self._entry(self.answers.shown(inode, st)), offset):
-                if is_counted:
-                    self.view.release(inode)
-                return
-            inode.nlookup += is_counted
+        while questions := self.answers.unanswered(fh, start_id):
+            await self.asking.ask_all(questions)
+        is_begun = False
+        try:
+            for offset, name, inode, st in self.answers.walk(fh, start_id):
+                is_counted = name not in SELF_AND_ABOVE
+                if not pyfuse3.readdir_reply(token, name, self._entry(self.answers.shown(inode, st)), offset):
+                    if is_counted:
+                        self.view.release(inode)
+                    return
+                inode.nlookup += is_counted
+                is_begun = True
+        except MustAsk:
+            if not is_begun:
+                raise
 
     async def releasedir(self, fh: int) -> None:
         """Nothing was opened."""

@@ -8,7 +8,6 @@ loop serves. libfuse is handed a connection by number (`/dev/fd/N`), so that it 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import signal
@@ -21,14 +20,15 @@ import trio
 
 from pyoverlay.errors import Refusal, printable
 from pyoverlay.fuse import loop, opcodes
+from pyoverlay.fuse.asking import ABANDON, Asking
 from pyoverlay.fuse.binding import pyfuse3, wire
 from pyoverlay.fuse.capabilities import Wanted
 from pyoverlay.fuse.mountpoint import MountOptions, MountPoint
 
 log = logging.getLogger(__name__)
 
-# trio 0.22 knows the first, 0.23 and later the second.
-_ABANDON = "cancellable" if "abandon_on_cancel" not in inspect.signature(trio.to_thread.run_sync).parameters else "abandon_on_cancel"
+# Requests that may wait for something at once, each by a task of pyfuse3's; with all of them waiting it would read no further request.
+_MOST_TASKS = 10_000
 
 # A second one of these ends the daemon at once.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -47,8 +47,8 @@ class Session:
     """A connection to the kernel that serves `operations` at `point`.
 
     stop_timeout: seconds that a mount that is told to end serves those who still use it. who_holds: asked for a line that names them;
-    it must pass no path to the kernel. beside: runs while the mount is served, and is cancelled at its end. Raises Refusal where /dev/fuse
-    or libfuse refuses.
+    it must pass no path to the kernel. beside: runs while the mount is served, and is cancelled at its end. asking: waits for lowers on
+    behalf of `operations`. Raises Refusal where /dev/fuse or libfuse refuses.
     """
 
     def __init__(
@@ -59,13 +59,15 @@ class Session:
         stop_timeout: float,
         who_holds: Callable[[], str],
         beside: Callable[[], Awaitable[None]] | None = None,
+        asking: Asking | None = None,
     ) -> None:
         self._point = point
         self._stop_timeout = stop_timeout
         self._who_holds = who_holds
         self._beside = beside
+        self._asking = asking or Asking((), lambda change: None)
         self._fd = point.open_connection()
-        loop.install(wire)
+        loop.install(wire, self._asking.give_up)
         if wire is not None:
             opcodes.attach(operations, wire, Wanted())
         with _libfuse_explains(point.path):
@@ -107,7 +109,8 @@ class Session:
                 nursery.start_soon(self._obey, signals, course.on_signal, nursery)
                 if self._beside is not None:
                     nursery.start_soon(self._beside)
-                await pyfuse3.main()
+                self._asking.begin()
+                await pyfuse3.main(max_tasks=_MOST_TASKS)
                 nursery.cancel_scope.cancel()
 
     async def _announce(self, on_answer: Callable[[], None]) -> None:
@@ -123,7 +126,7 @@ class Session:
                 continue
             if is_leaving:
                 log.warning("%s again: ending at once", name)
-                pyfuse3.terminate()
+                self._end()
                 return
             log.info("%s: unmounting %s", name, printable(self._point.path))
             is_leaving = True
@@ -150,12 +153,16 @@ class Session:
         with trio.move_on_after(self._stop_timeout):
             await trio.sleep_forever()  # until the last user goes, which ends the session and this task
         log.warning("%s: still in use after %.0f s: ending", path, self._stop_timeout)
+        self._end()
+
+    def _end(self) -> None:
+        self._asking.give_up()
         pyfuse3.terminate()
 
 
 def _in_thread(function: Callable[[], None]) -> Awaitable[None]:
     """Run it in a thread that is left alone when the session ends: it waits for requests that nobody answers any more."""
-    awaitable: Awaitable[None] = trio.to_thread.run_sync(function, **{_ABANDON: True})
+    awaitable: Awaitable[None] = trio.to_thread.run_sync(function, **{ABANDON: True})
     return awaitable
 
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-from pyoverlay.core import attributes, syscalls
+from pyoverlay.core import attributes
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
 from pyoverlay.core.policy import Fsync, Override
+from pyoverlay.core.remote import Errand, RemoteLower, replies
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View, failure
 from pyoverlay.fuse import direct, opcodes
 from pyoverlay.fuse.answers import Answers, NotAtOnce, Shown
+from pyoverlay.fuse.asking import Header, Told
 from pyoverlay.fuse.binding import Wire, pyfuse3
 from pyoverlay.fuse.ceiling import Ceiling
 from pyoverlay.fuse.operations import Operations
@@ -45,6 +48,17 @@ _INLINE_BYTES = 64 << 20  # files past this: calls that walk or change their ext
 
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+
+def extra(method: Method) -> Method:
+    """A method for an opcode that pyfuse3 lacks; begun anew after each question to a remote lower, like any handler."""
+
+    @functools.wraps(method)
+    async def answer(self: WiredOperations, *arguments: Any) -> Any:
+        return await self._until_told(method, arguments)
+
+    return answer  # type: ignore[return-value] # the same signature, by functools.wraps
 
 
 class WiredAnswers(Answers):
@@ -71,7 +85,11 @@ class WiredAnswers(Answers):
             self.view.upper.is_dirty = True
         # Whether a write takes set-user-id away is not for the mode on disk to say, where another is shown.
         write_fd = inode.fd if inode.is_writable and self._shows_what_is else -1
-        self._wire.lane(inode.ino, inode.fd, write_fd, self._links(inode), self._waits(inode))
+        remote = self.view.remote_data(inode) if self.view.remotes else None
+        if remote is not None:  # not even its attributes are for the receiver to ask for
+            self._wire.lane(inode.ino, inode.fd, write_fd, -1, _FOR_ANYTHING, remote.index)
+        else:
+            self._wire.lane(inode.ino, inode.fd, write_fd, self._links(inode), self._waits(inode))
 
     def _waits(self, inode: Inode) -> int:
         """For `lane`: what a read may have to wait for."""
@@ -148,8 +166,8 @@ class WiredOperations(Operations):
 
     def __init__(self, view: View, wire: Wire) -> None:
         answers = WiredAnswers(view, wire)
-        super().__init__(view, answers)
         self._wire = wire
+        super().__init__(view, answers)
         self.direct = {
             **direct.functions(answers),
             direct.READ: direct.at_once(answers, "read", answers.read),
@@ -166,11 +184,22 @@ class WiredOperations(Operations):
 
     # -- interrupted copy-ups
 
+    def _header(self) -> Header:
+        return self._wire.request()
+
+    def _asked(self) -> Header:
+        """The header of the request being handled, which the extension knows until the first await."""
+        told = replies.get()
+        return told.header if isinstance(told, Told) and told.header is not None else self._wire.request()
+
     def _request(self) -> int:
-        return self._wire.request()[1]
+        return self._asked()[1]
 
     def interrupt(self, unique: int) -> None:
-        """Its caller was killed: what it copies up is given up. Others who wait for the same copy-up begin anew."""
+        """Its caller was killed: what it copies up is given up. Others who wait for the same copy-up begin anew. 0: the mount is gone."""
+        if not unique:
+            self.asking.give_up()
+        self.asking.interrupt(unique)
         for under_way in self._copying.values():
             if under_way.request == unique and under_way.copy is not None:
                 under_way.copy.is_cancelled = True
@@ -194,19 +223,20 @@ class WiredOperations(Operations):
     # -- writing takes privileges away
 
     def _write_drops_privileges(self) -> bool:
-        return bool(_WRITE_FLAGS.unpack_from(self._wire.request()[6])[0] & _WRITE_KILL_SUIDGID)
+        return bool(_WRITE_FLAGS.unpack_from(self._asked()[6])[0] & _WRITE_KILL_SUIDGID)
 
     def _setattr_drops_privileges(self) -> bool:
-        return bool(_SETATTR_VALID.unpack_from(self._wire.request()[6])[0] & _SETATTR_KILL_SUIDGID)
+        return bool(_SETATTR_VALID.unpack_from(self._asked()[6])[0] & _SETATTR_KILL_SUIDGID)
 
     def _drop_privileges(self, ino: int) -> None:
         attributes.drop_privileges_of(self.view, self.view.inode(ino))
 
     # -- what pyfuse3 has no handler for
 
+    @extra
     async def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
         """All modes the upper's file system supports."""
-        uid = self._wire.request()[3]
+        uid = self._asked()[3]
         inode = await self._copied_up(ino, attributes_only=False)
         fd = self.view.data_fd(inode, write=True)
         self.view.upper.is_dirty = True
@@ -214,6 +244,7 @@ class WiredOperations(Operations):
         if uid:
             self._drop_privileges(ino)
 
+    @extra
     async def lseek(self, ino: int, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE. What a shared map has dirtied is written back first: the kernel asks us without doing so
         (fuse_lseek).
@@ -221,6 +252,9 @@ class WiredOperations(Operations):
         inode = self.view.inode(ino)
         await self._write_back(ino)
         fd = self.view.data_fd(inode)
+        if (remote := self.view.remote_data(inode)) is not None:
+            found: int = await self.asking.send(Errand(remote, lambda own_fd: os.lseek(own_fd, offset, whence), fd))
+            return found
         return await self._long(inode, lambda: os.lseek(fd, offset, whence))
 
     async def _write_back(self, ino: int) -> None:
@@ -233,9 +267,10 @@ class WiredOperations(Operations):
 
         await self._in_thread(notify)
 
+    @extra
     async def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int) -> int:
         """Reflinked where the file system can."""
-        uid = self._wire.request()[3]
+        uid = self._asked()[3]
         target = await self._copied_up(ino_out, attributes_only=False)
         try:
             return self.answers.copy_file_range(ino_in, off_in, ino_out, off_out, length, flags, uid)
@@ -248,22 +283,25 @@ class WiredOperations(Operations):
         calls = self.view.upper.calls
         source.pins += 1
         try:
-            copied = await self._pinned(target, lambda: calls.copy_file_range(fd, fd_out, length, offset, offset_out))
+            remote = self.view.remote_data(source)
+            copied = await self._pinned(target, lambda: calls.copy_file_range(fd, fd_out, length, offset, offset_out), remote)
         finally:
             source.pins -= 1
         if uid:
             self._drop_privileges(target.ino)
         return copied
 
+    @extra
     async def tmpfile(self, parent: int, mode: int, flags: int, ctx: opcodes.Caller) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """O_TMPFILE."""
         entry = self._entry(self.answers.tmpfile(parent, mode, self._caller(ctx)))
         return pyfuse3.FileInfo(fh=entry.st_ino, keep_cache=True), entry
 
+    @extra
     async def ioctl(self, ino: int, cmd: int, arg: bytes, out_size: int, ctx: opcodes.Caller) -> bytes:
         """chattr and lsattr: FS_IOC_GETFLAGS, SETFLAGS, FSGETXATTR, FSSETXATTR. The kernel has checked who may."""
         if cmd in _READING:
-            return self._with_descriptor(self.view.inode(ino), lambda fd: fcntl.ioctl(fd, cmd, bytes(_READING[cmd])))
+            return await self._flags(self.view.inode(ino), cmd)
         if cmd not in _WRITING or len(arg) < _WRITING[cmd]:
             raise failure(errno.ENOTTY)
         inode = await self._copied_up(ino)
@@ -272,6 +310,25 @@ class WiredOperations(Operations):
         self._with_descriptor(inode, lambda fd: calls.ioctl(fd, cmd, arg[: _WRITING[cmd]]))
         return b""
 
+    async def _flags(self, inode: Inode, cmd: int) -> bytes:
+        """What an ioctl that reads says."""
+        def call(fd: int) -> bytes:
+            return fcntl.ioctl(fd, cmd, bytes(_READING[cmd]))
+
+        place = self.view.place(inode)
+        if not isinstance(place.layer, RemoteLower):
+            return self._with_descriptor(inode, call)
+        if inode.is_regular:
+            fd = self.view.own_fd(inode)
+            try:
+                found: bytes = await self.asking.send(Errand(place.layer, call, fd))
+            finally:
+                self.view.cache.close_fd(fd)
+            return found
+        if not isinstance(inode, Directory):
+            raise failure(errno.ENOTTY)
+        return await self.asking.send(Errand(place.layer, functools.partial(_call_in_directory, call), place.dirfd))
+
     def _with_descriptor(self, inode: Inode, call: Callable[[int], T]) -> T:
         """A call on the object's own descriptor, one that reads."""
         if inode.is_regular:
@@ -279,21 +336,17 @@ class WiredOperations(Operations):
             try:
                 return call(fd)
             finally:
-                os.close(fd)
+                self.view.cache.close_fd(fd)
         if not isinstance(inode, Directory):
             raise failure(errno.ENOTTY)
-        place = self.view.place(inode)
-        fd = os.open(place.name or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.dirfd)
-        try:
-            return call(fd)
-        finally:
-            os.close(fd)
+        return _call_in_directory(call, self.view.place(inode).dirfd)
 
+    @extra
     async def statx(self, ino: int, mask: int, flags: int) -> opcodes.Statx:
         """stat, and the time of birth."""
         inode = self.view.inode(ino)
         place = self.view.place(inode)
-        found = syscalls.statx(place.dirfd, place.name)
+        found = place.layer.statx(place.dirfd, place.name)
         return opcodes.Statx(self._entry(self.answers.getattr(ino)), found.btime_ns)
 
     async def _long(self, inode: Inode, call: Callable[[], T]) -> T:
@@ -302,20 +355,32 @@ class WiredOperations(Operations):
             return call()
         return await self._pinned(inode, call)
 
-    async def _pinned(self, inode: Inode, call: Callable[[], T]) -> T:
-        """In a thread, while the inode's descriptor keeps its number."""
+    async def _pinned(self, inode: Inode, call: Callable[[], T], remote: RemoteLower | None = None) -> T:
+        """In a thread, of a remote layer's if that has a part in it, while the inode's descriptor keeps its number."""
         inode.pins += 1
         try:
-            return await self._in_thread(call)
+            return await (self._in_thread(call) if remote is None else self.asking.with_thread_of(remote, call))
         finally:
             inode.pins -= 1
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        self._wire.hold(1)
+        self._hold(1)
         try:
             return await super()._in_thread(call, *arguments)
         finally:
-            self._wire.hold(-1)
+            self._hold(-1)
+
+    def _hold(self, change: int) -> None:
+        self._wire.hold(change)
+
+
+def _call_in_directory(call: Callable[[int], T], dirfd: int) -> T:
+    """A call on a descriptor of a directory that reads."""
+    fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+    try:
+        return call(fd)
+    finally:
+        os.close(fd)
 
 
 def operations_for(view: View, wire: Wire | None, *, writeback: bool = False) -> Operations:

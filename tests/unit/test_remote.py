@@ -1,0 +1,164 @@
+"""Lowers that may not answer: whatever is done over them is done right, one question at a time, and no call of theirs is made at once."""
+
+from __future__ import annotations
+
+import contextvars
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pyoverlay.core import stack as stacking
+from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, replies
+from pyoverlay.testing import HardLink, Symlink, Tree
+from tests.posix.check import fails
+from tests.unit.conftest import StackFactory
+from tests.unit.merged import Merged, Stack, timeless
+
+TOP: Tree = {"d": {"top": "top", "both": "from the top"}, "file": "file", "link": Symlink("target"), "empty": {}}
+BOTTOM: Tree = {"d": {"both": "hidden", "below": "below", "deep": {"bottom": "bottom"}}, "one": "1", "two": HardLink("one")}
+
+
+def _chmod_one_of_two(merged: Merged) -> None:
+    merged.stat("two")
+    merged.chmod("one", 0o600)
+
+
+OPERATIONS: dict[str, Callable[[Merged], object]] = {
+    "look": lambda m: [m.listdir(), m.listdir("d"), m.listdir("d/deep"), m.exists("d/none"), m.read("d/deep/bottom")],
+    "write": lambda m: m.write("d/below", b"W"),
+    "truncate": lambda m: m.truncate("d/deep/bottom", 3),
+    "chmod of a directory": lambda m: m.chmod("d/deep", 0o700),
+    "chmod of a hard link": _chmod_one_of_two,
+    "chown of a symlink": lambda m: m.chown("link", os.geteuid(), os.getegid()),
+    "setxattr": lambda m: m.setxattr("file", "user.new", b"value"),
+    "create": lambda m: m.create("d/deep/new", b"new"),
+    "mkdir where there was one": lambda m: [m.rmdir("empty"), m.mkdir("empty")],
+    "link": lambda m: m.link("d/deep/bottom", "d/linked"),
+    "unlink": lambda m: [m.unlink("d/both"), m.unlink("one")],
+    "rename of a file": lambda m: m.rename("d/below", "d/deep/moved"),
+    "rename over a file": lambda m: m.rename("file", "d/both"),
+}
+
+
+class Told:
+    """`call` as a request that begins anew after each question; asked: the questions, each once."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        given = Replies()
+        before = replies.set(given)
+        try:
+            while True:
+                try:
+                    return call()
+                except MustAsk as must:
+                    assert must.question is not None
+                    self.asked.append(must.question.key)
+                    contextvars.Context().run(must.question.run)
+        finally:
+            replies.reset(before)
+            given.close()
+
+
+@contextmanager
+def every_lower_is_remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(stacking, "is_local", lambda fd: False)
+        yield
+
+
+class Asked(Merged):
+    """Each step of a program is a request of its own, as it is for the kernel."""
+
+    def __init__(self, merged: Merged) -> None:
+        super().__init__(merged.view)
+        self.told = Told()
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name not in vars(Merged) or name.startswith("_") or name in ("look_up", "parent", "entry", "tree", "forget"):
+            return value
+        return lambda *arguments, **named: self.told(lambda: value(*arguments, **named))
+
+
+@pytest.fixture
+def remote(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    with every_lower_is_remote(monkeypatch):
+        made = stack(TOP, BOTTOM)
+    assert all(isinstance(lower, RemoteLower) for lower in made.merged.view.lowers)
+    return made
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_is_done_is_the_same_whatever_has_to_be_asked_for(stack: StackFactory, remote: Stack, name: str) -> None:
+    near = stack(TOP, BOTTOM)
+    asked = Asked(remote.merged)
+    assert _plain(OPERATIONS[name](asked)) == _plain(OPERATIONS[name](near.merged))
+    assert asked.told.asked
+    assert timeless(remote.merged.tree()) == timeless(near.merged.tree())
+    assert remote.disk_tree() == near.disk_tree()
+    assert remote.work_names() == remote.litter() == []
+
+
+def _plain(found: object) -> object:
+    """What can be compared: no objects of either view."""
+    return [_plain(each) for each in found] if isinstance(found, list) else found if isinstance(found, str | bytes | bool) else None
+
+
+def test_a_request_that_nothing_can_be_asked_for_calls_no_lower(remote: Stack) -> None:
+    before = replies.set(NoReplies())
+    try:
+        for name in ("look", "chmod of a directory", "create", "rename of a file"):
+            with pytest.raises(MustAsk) as caught:
+                OPERATIONS[name](remote.merged)
+            assert caught.value.question is None
+    finally:
+        replies.reset(before)
+    assert remote.merged.tree().keys() >= {b"file", b"d/deep/bottom"}
+    assert remote.work_names() == []
+
+
+def test_an_error_of_the_lower_is_the_answer(remote: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    asked = Asked(remote.merged)
+    inode = asked.walk("link")
+    assert stat.S_ISLNK(inode.format)
+    monkeypatch.setattr("pyoverlay.core.layer.Lower.readlink", fail)
+    with fails(errno.EIO):
+        asked.told(lambda: remote.merged.view.readlink(inode))
+
+
+def test_a_descriptor_that_comes_too_late_is_closed(remote: Stack) -> None:
+    given = Replies()
+    before = replies.set(given)
+    try:
+        with pytest.raises(MustAsk) as caught:
+            remote.merged.view.lowers[0].open_dir(remote.merged.view.lowers[0].root_fd, b"d")
+    finally:
+        replies.reset(before)
+    given.close()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert caught.value.question is not None
+    contextvars.Context().run(caught.value.question.run)
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 1, "the question's own"
+
+
+def test_an_errand_that_nobody_makes_gives_its_descriptors_back(remote: Stack) -> None:
+    (lower, _) = remote.merged.view.lowers
+    assert isinstance(lower, RemoteLower)
+    closed: list[int] = []
+    lower.close_later = closed.append
+    errand = Errand(lower, lambda fd: None, lower.root_fd)
+    errand.drop()
+    errand.drop()
+    assert len(closed) == 1
+    os.close(closed[0])
