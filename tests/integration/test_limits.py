@@ -138,6 +138,27 @@ def test_a_complete_listing_answers_for_what_is_not_there(stack: Overlay, direct
 
 
 @needs_strace
+@pytest.mark.wire
+def test_what_is_made_and_removed_is_looked_at_once_and_opened_once(stack: Overlay) -> None:
+    """The descriptor of a new file's data is also what holds it when its name goes."""
+    with opened(stack.merged / "pure", os.O_PATH) as fd:
+
+        def make_and_remove() -> None:
+            for name in numbered("new", 0, 10):
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, dir_fd=fd))
+            for name in numbered("new", 0, 10):
+                os.unlink(name, dir_fd=fd)
+
+        make_and_remove()
+        calls = calls_of(stack, make_and_remove)
+    assert calls.count("open", "openat", "openat2") == 10
+    assert calls.count("unlink", "unlinkat") == 10
+    assert calls.count("umask") == 20
+    # A look-up of each name before it is made, if the directory has not been listed, and one of the file before it goes.
+    assert calls.count("newfstatat", "fstat", "statx") == 10 + 10 + 10
+
+
+@needs_strace
 def test_a_directory_made_in_the_mount_is_never_asked_for_what_is_not_there(stack: Overlay) -> None:
     os.mkdir(stack.merged / "new")
     calls = calls_of_lookups(stack, "new", *numbered("absent", 0, 20))
