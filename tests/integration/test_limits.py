@@ -138,7 +138,6 @@ def test_a_complete_listing_answers_for_what_is_not_there(stack: Overlay, direct
 
 
 @needs_strace
-@pytest.mark.wire
 def test_what_is_made_and_removed_is_looked_at_once_and_opened_once(stack: Overlay) -> None:
     """The descriptor of a new file's data is also what holds it when its name goes."""
     with opened(stack.merged / "pure", os.O_PATH) as fd:
