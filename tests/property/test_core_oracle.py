@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, note
 
+from pyoverlay.core import stack as stacking
 from pyoverlay.core.inode import Directory as DirectoryInode
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.stack import open_view
@@ -27,6 +28,7 @@ from tests.posix.kernel_overlay import FULL, KernelOverlay
 from tests.property.disks import disk_difference
 from tests.property.draws import SEQUENCES, drawn
 from tests.property.sequences import ACL_DEFAULT, NOWHERE, Operation, Sequence, resolved, sequences
+from tests.unit.asked import Asked
 from tests.unit.merged import Merged, TreeSeen, timeless
 
 pytestmark = pytest.mark.root
@@ -307,11 +309,12 @@ def side_by_side(
         merged.view.close()
 
 
-def run(base: Path, sequence: Sequence) -> None:
+def run(base: Path, sequence: Sequence, kind: type[Merged] = Merged) -> None:
+    """kind: how our side is driven."""
     bench = Bench(base, sequence)
     done: list[Operation] = []
     before = [witness(lower) for lower in bench.lowers]
-    merged = bench.core(bench.ours, "our-work", sequence.limit)
+    merged = kind(bench.core(bench.ours, "our-work", sequence.limit).view)
     kernel = bench.kernel(bench.theirs, FULL)
     counts_links = not sequence.forgets  # see without_link_counts
     our_tree, their_tree = side_by_side(bench, merged, kernel, sequence, done, counts_links=counts_links)
@@ -348,12 +351,24 @@ def compare_disks(bench: Bench, our_tree: TreeSeen, their_tree: TreeSeen, story:
 @drawn(SEQUENCES)
 @given(sequence=sequences)
 def test_the_core_and_the_kernel_do_the_same(apart: Path, sequence: Sequence) -> None:
+    draw(apart, sequence)
+
+
+@pytest.mark.timeout(60 + SEQUENCES)
+@drawn(SEQUENCES // 4)
+@given(sequence=sequences)
+def test_they_do_the_same_where_every_lower_has_to_be_asked(apart: Path, monkeypatch: pytest.MonkeyPatch, sequence: Sequence) -> None:
+    monkeypatch.setattr(stacking, "is_local", lambda fd: False)
+    draw(apart, sequence, Asked)
+
+
+def draw(apart: Path, sequence: Sequence, kind: type[Merged] = Merged) -> None:
     note(str(sequence))
     base = apart / "oracle"
     base.mkdir()
     old = os.umask(0o022)
     try:
-        run(base, sequence)
+        run(base, sequence, kind)
     finally:
         os.umask(old)
         shutil.rmtree(base)

@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from pyoverlay.core import stack as stacking
 from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, replies
 from pyoverlay.testing import HardLink, Symlink, Tree
 from tests.posix.check import fails
+from tests.unit.asked import Asked
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import Merged, Stack, timeless
 
@@ -45,47 +45,11 @@ OPERATIONS: dict[str, Callable[[Merged], object]] = {
 }
 
 
-class Told:
-    """`call` as a request that begins anew after each question; asked: the questions, each once."""
-
-    def __init__(self) -> None:
-        self.asked: list[object] = []
-
-    def __call__(self, call: Callable[[], Any]) -> Any:
-        given = Replies()
-        before = replies.set(given)
-        try:
-            while True:
-                try:
-                    return call()
-                except MustAsk as must:
-                    assert must.question is not None
-                    self.asked.append(must.question.key)
-                    contextvars.Context().run(must.question.run)
-        finally:
-            replies.reset(before)
-            given.close()
-
-
 @contextmanager
 def every_lower_is_remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(stacking, "is_local", lambda fd: False)
         yield
-
-
-class Asked(Merged):
-    """Each step of a program is a request of its own, as it is for the kernel."""
-
-    def __init__(self, merged: Merged) -> None:
-        super().__init__(merged.view)
-        self.told = Told()
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name not in vars(Merged) or name.startswith("_") or name in ("look_up", "parent", "entry", "tree", "forget"):
-            return value
-        return lambda *arguments, **named: self.told(lambda: value(*arguments, **named))
 
 
 @pytest.fixture
@@ -99,7 +63,7 @@ def remote(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> Stack:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_what_is_done_is_the_same_whatever_has_to_be_asked_for(stack: StackFactory, remote: Stack, name: str) -> None:
     near = stack(TOP, BOTTOM)
-    asked = Asked(remote.merged)
+    asked = Asked(remote.merged.view)
     assert _plain(OPERATIONS[name](asked)) == _plain(OPERATIONS[name](near.merged))
     assert asked.told.asked
     assert timeless(remote.merged.tree()) == timeless(near.merged.tree())
@@ -129,7 +93,7 @@ def test_an_error_of_the_lower_is_the_answer(remote: Stack, monkeypatch: pytest.
     def fail(*arguments: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    asked = Asked(remote.merged)
+    asked = Asked(remote.merged.view)
     inode = asked.walk("link")
     assert stat.S_ISLNK(inode.format)
     monkeypatch.setattr("pyoverlay.core.layer.Lower.readlink", fail)
