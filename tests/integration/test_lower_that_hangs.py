@@ -78,7 +78,7 @@ class Hung:
             text=True,
         )
         self._line()
-        self.overlay = Overlay((base / "near", base / "far"), base / "upper", base / "merged")
+        self.overlay = Overlay((base / "near", base / "far"), base / "upper", base / "merged", ("-o", "stop_timeout=0.2"))
         self.overlay.mount()
         self.merged = self.overlay.merged
         assert sorted(os.listdir(self.merged)) == ["far", "huge", "near"]
@@ -265,3 +265,17 @@ def test_the_mount_can_be_taken_away_while_it_hangs(hung: Hung, operation: str, 
     again.close()
     hung.release()
     assert wait_for_end(daemons, SECONDS) == []
+
+
+def test_a_daemon_that_is_told_to_end_does_not_wait_for_it(hung: Hung) -> None:
+    (daemon,) = hung.overlay.daemons()
+    hung.hold("lookup")
+    with hung.client("lstat", "far/file") as client:
+        hung.wait_until_held("lookup")
+        (hung.merged / "near" / "kept").write_text("kept")
+        os.kill(daemon, signal.SIGTERM)
+        assert client.wait(SECONDS) != 0, "the mount is gone"
+    assert mounts_below(hung.merged) == []
+    assert (hung.overlay.writable / "near" / "kept").read_text() == "kept"
+    hung.release()
+    assert wait_for_end([daemon], SECONDS) == []
