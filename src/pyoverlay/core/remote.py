@@ -126,6 +126,24 @@ class Errand:
                 self.layer.close_later(fd)
 
 
+class Round:
+    """Errands to one layer, made by one thread, one after the other."""
+
+    def __init__(self, errands: Sequence[Errand]) -> None:
+        self.layer = errands[0].layer
+        self._errands = errands
+
+    def run(self) -> None:
+        """Make the calls, in the thread's own context."""
+        for errand in self._errands:
+            errand.run()
+
+    def drop(self) -> None:
+        """As of each."""
+        for errand in self._errands:
+            errand.drop()
+
+
 class Question(Errand):
     """A call of a layer whose answer is missing. key: by which it is told."""
 

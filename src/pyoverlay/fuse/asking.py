@@ -12,13 +12,13 @@ import inspect
 import os
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import trio
 
-from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, replies
+from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, Round, replies
 from pyoverlay.core.view import failure
 
 THREADS = 8  # a lower
@@ -118,17 +118,19 @@ class Asking:
             raise RuntimeError("a question that nobody can be asked")
         await self.send(must.question)
 
-    async def ask_all(self, questions: Iterable[Errand]) -> None:
-        """Have them asked, several at a time. Who is given up meanwhile hears of it with the next one."""
+    async def ask_all(self, questions: Sequence[Errand]) -> None:
+        """Have them asked, by all threads of each layer at once. Who is given up meanwhile hears of it with the next question."""
         async with trio.open_nursery() as nursery:
-            for question in questions:
-                nursery.start_soon(self._sent, question)
+            for layer in self._limiters:
+                of_layer = [question for question in questions if question.layer is layer]
+                for start in range(min(THREADS, len(of_layer))):
+                    nursery.start_soon(self._sent, Round(of_layer[start::THREADS]))
 
-    async def _sent(self, question: Errand) -> None:
+    async def _sent(self, errands: Round) -> None:
         with suppress(InterruptedError):
-            await self.send(question)
+            await self.send(errands)
 
-    async def send(self, errand: Errand) -> Any:
+    async def send(self, errand: Errand | Round) -> Any:
         """What the errand returns. EINTR: the caller was killed, or the mount is gone; the thread is left alone with it."""
         told = replies.get()
         if not isinstance(told, Told):
