@@ -15,7 +15,9 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Held, Layer, LowerDir, open_below
 from pyoverlay.core.policy import Policy, Whiteouts
+from pyoverlay.core.reads import PlainReads, Reads
 from pyoverlay.core.upper import Upper
+from pyoverlay.fuse.binding import wire
 from pyoverlay.testing import Device, Directory, Fifo, File, Symlink, Tree, Whiteout, is_whiteout, make_tree
 from tests.posix.check import fails
 from tests.posix.system_calls import IN_OPEN, Inotify
@@ -135,19 +137,24 @@ def test_a_fifo_in_a_layer_is_never_opened(stack: StackFactory) -> None:
     assert caught.value.errno == errno.ESTALE
 
 
-@pytest.mark.root  # devices
-def test_where_layers_are_no_clones_what_is_no_file_is_not_opened_either(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.root  # devices, and clones of mounts
+@pytest.mark.parametrize("reads", [PlainReads(), pytest.param(wire, marks=pytest.mark.wire)], ids=["plain", "extension"])
+@pytest.mark.parametrize("are_clones", [True, False])
+def test_what_is_no_file_is_not_opened(stack: StackFactory, monkeypatch: pytest.MonkeyPatch, reads: Reads, are_clones: bool) -> None:
     """Opened and closed again, a tape would have been rewound, and a writer that waits for a reader of the fifo been let go."""
 
     def refused(dirfd: int, path: bytes, flags: int) -> int:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(syscalls, "open_tree", refused)  # as to an ordinary user
+    if not are_clones:
+        monkeypatch.setattr(syscalls, "open_tree", refused)  # as to an ordinary user
     special: Tree = {"null": Device(kind="c", major=1, minor=3), "fifo": Fifo()}
-    view = stack(special, upper=special, policy=replace(POLICY, userxattr=True, privileged=False)).merged.view
-    assert (view.upper.is_clone, view.lowers[0].is_clone) == (False, False)
+    policy = POLICY if are_clones else replace(POLICY, userxattr=True, privileged=False)
+    view = stack(special, upper=special, policy=policy).merged.view
+    view.read_by(reads)
+    assert (view.upper.is_clone, view.lowers[0].is_clone) == (are_clones, are_clones)
     for layer in (view.lowers[0], view.upper):
-        for name in (b"null", b"fifo"):
+        for name in (b"fifo",) if are_clones else (b"null", b"fifo"):  # the mount of a clone lets nobody open a device
             pin = view.upper.pin(layer.root_fd, name)
             opens = [partial(layer.open_read, layer.root_fd, name), partial(view.upper.open_pinned, pin, os.O_RDWR)]
             opens += [partial(view.upper.open_write, layer.root_fd, name)] if layer is view.upper else []
@@ -156,7 +163,7 @@ def test_where_layers_are_no_clones_what_is_no_file_is_not_opened_either(stack: 
                     with fails(errno.ESTALE):
                         attempt()
                 assert watched.events() == []
-                os.close(os.open(f"/proc/self/fd/{pin}", os.O_RDWR))
+                os.close(os.open(f"/proc/self/fd/{pin}", os.O_RDWR if layer is view.upper else os.O_RDONLY | os.O_NONBLOCK))
                 assert watched.events() == [(IN_OPEN, "")], "an open would have shown"
             os.close(pin)
 

@@ -40,9 +40,9 @@ class PlainFile(NamedTuple):
     """A regular file of a lower that is to be copied up under its one name, with nothing about it that a decision would be needed for.
 
     source_fd: open on it, or -1. dirfd, name: where it lies. temporary: a name in the work directory. new_dirfd, new: where it goes. size:
-    bytes of data that are wanted, -1 for all. most: bytes, past which it is not to be done in one call. is_clone, in_memory: as of its
-    layer. may_share: FICLONE may work. uid, gid: the copy's owner, -1 for the file's own. is_nosuid: of a mount without set-user-id
-    programs. obeys_modes: a directory's mode may forbid us to put something there. uuid: of the lower's file system, for the mark `origin`.
+    bytes of data that are wanted, -1 for all. most: bytes, past which it is not to be done in one call. in_memory: reading never waits.
+    may_share: FICLONE may work. uid, gid: the copy's owner, -1 for the file's own. is_nosuid: of a mount without set-user-id programs.
+    obeys_modes: a directory's mode may forbid us to put something there. uuid: of the lower's file system, for the mark `origin`.
     """
 
     source_fd: int
@@ -54,7 +54,6 @@ class PlainFile(NamedTuple):
     new: bytes
     size: int
     most: int
-    is_clone: bool
     in_memory: bool
     may_share: bool
     order: Order

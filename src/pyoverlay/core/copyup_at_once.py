@@ -81,7 +81,6 @@ def _plain_file(view: View, inode: Inode, parent: Directory, size: int) -> Plain
         new=inode.name,
         size=size,
         most=MOST,
-        is_clone=layer.is_clone,
         in_memory=layer.is_memory,
         may_share=upper.may_clone_from(layer),
         order=upper.order,

@@ -32,7 +32,9 @@ class Reads(Protocol):
     def readlink(self, dirfd: int, name: bytes, /) -> bytes: ...
 
     def open_regular(self, dirfd: int, name: bytes, flags: int, /) -> int:
-        """Descriptor of a regular file, no symlink followed. ESTALE: it is something else, which is not touched."""
+        """Descriptor of a regular file, no symlink followed. ESTALE: it is something else, and that is not opened: what it is, is looked at
+        by O_PATH, behind which it stays what it is. Opened and closed again, a fifo would have let its writer go, a tape been rewound.
+        """
 
     def getxattr(self, dirfd: int, name: bytes, attribute: bytes, /) -> bytes:
         """Of a name, a symlink's own; empty: of dirfd itself, which may be an O_PATH descriptor."""
@@ -50,6 +52,13 @@ class Reads(Protocol):
         """What a directory holds, opened with these flags more, but for "." and "..", in the order of the disk: names, each with S_IFREG,
         S_IFDIR or S_IFLNK; 0: it is something else, or the file system does not say.
         """
+
+
+def reopen_regular(pin: int, flags: int) -> int:
+    """Descriptor of the regular file that an O_PATH descriptor is of. ESTALE, and nothing is opened, where it is of something else."""
+    if not stat.S_ISREG(os.fstat(pin).st_mode):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return os.open(proc_path(pin, b""), flags | os.O_CLOEXEC)
 
 
 class PlainReads:
@@ -81,14 +90,11 @@ class PlainReads:
         return os.readlink(name, dir_fd=dirfd)
 
     def open_regular(self, dirfd: int, name: bytes, flags: int, /) -> int:
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dirfd)
+        pin = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        except OSError:
-            os.close(fd)
-            raise
-        return fd
+            return reopen_regular(pin, flags)
+        finally:
+            os.close(pin)
 
     def getxattr(self, dirfd: int, name: bytes, attribute: bytes, /) -> bytes:
         return os.getxattr(proc_path(dirfd, name), attribute, follow_symlinks=not name)

@@ -15,6 +15,7 @@ from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import Calls, Order, remove_tree
 from pyoverlay.core.layer import DescriptorCache, Layer, tolerated
 from pyoverlay.core.policy import Fsync
+from pyoverlay.core.reads import reopen_regular
 from pyoverlay.core.syscalls import Stat
 
 log = logging.getLogger(__name__)
@@ -104,17 +105,15 @@ class Upper(Layer):
                 return self._open_write(dirfd, name)
 
     def _open_write(self, dirfd: int, name: bytes) -> int:
-        if not self.is_clone:
-            return self._open_regular(dirfd, name, os.O_RDWR)
         return self.reads.open_regular(dirfd, name, os.O_RDWR)
 
     def open_pinned(self, pin: int, flags: int) -> int:
         """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it; as `open_read`."""
         try:
-            return self._reopen(pin, flags)
+            return reopen_regular(pin, flags)
         except PermissionError:
             with self._open_to_owner(pin, b""):
-                return self._reopen(pin, flags)
+                return reopen_regular(pin, flags)
 
     def read_xattr(self, dirfd: int, name: bytes, attribute: bytes) -> bytes:
         """As of any layer. `user.` attributes, and with them an ordinary user's marks, cannot be read where the mode refuses reading."""

@@ -9,6 +9,7 @@
 #include <Python.h>
 
 #include "_calls.h"
+#include "_reads.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -30,7 +31,7 @@ struct job {                                 /* PlainFile of core/calls.py */
 	const char *name, *temporary, *to_name, *mark_prefix, *uuid;
 	Py_ssize_t uuid_length;
 	long long size, most, uid, gid;
-	int is_clone, in_memory, may_share, order, is_nosuid, obeys_modes;
+	int in_memory, may_share, order, is_nosuid, obeys_modes;
 
 	/* What was found out. */
 	int source_fd, copy_fd, times_error;
@@ -48,44 +49,14 @@ enum outcome { FAILED = -1, DECLINED, DONE };
 
 /* ---- what the copy is made of ---- */
 
-static int open_unnoticed(int dirfd, const char *path, int flags)
-{
-	int fd;
-
-	do
-		fd = may_call("openat") ? openat(dirfd, path, flags | O_NOATIME) : -1;
-	while (fd < 0 && errno == EINTR);
-	if (fd < 0 && errno == EPERM)        /* O_NOATIME is for the owner and for CAP_FOWNER */
-		fd = openat(dirfd, path, flags);
-	return fd;
-}
-
-/* What it is, is looked at before it is opened, and stays what it is. */
-static int open_regular(const struct job *j)
-{
-	int pin = openat(j->from_fd, j->name, O_PATH | O_NOFOLLOW | O_CLOEXEC), fd = -1;
-	struct stat st;
-	char path[32];
-
-	if (pin < 0)
-		return -1;
-	snprintf(path, sizeof path, "/proc/self/fd/%d", pin);
-	if (fstat(pin, &st) == 0 && S_ISREG(st.st_mode))
-		fd = open_unnoticed(AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
-	else
-		errno = ESTALE;
-	int error = errno;
-	close(pin);
-	errno = error;
-	return fd;
-}
-
-/* The mount of a clone lets nobody open a device; elsewhere one may have been put in the place of the file. */
 static int open_source(const struct job *j)
 {
 	if (j->given_fd >= 0)
 		return j->given_fd;
-	return j->is_clone ? open_unnoticed(j->from_fd, j->name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC) : open_regular(j);
+	int fd = may_call("openat") ? open_regular(j->from_fd, j->name, O_RDONLY | O_NOATIME) : -1;
+	if (fd < 0 && errno == EPERM)        /* O_NOATIME is for the owner and for CAP_FOWNER */
+		fd = open_regular(j->from_fd, j->name, O_RDONLY);
+	return fd;
 }
 
 /* Blocks that do not cover the size may be compressed ones. */
@@ -345,8 +316,8 @@ PyObject *copy_up_file(PyObject *self, PyObject *args)
 	enum outcome outcome;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "iiyiyiyLLpppiLLppyy#", &j.given_fd, &j.from_fd, &j.name, &j.work_fd, &j.temporary, &j.to_fd, &j.to_name, &j.size,
-			&j.most, &j.is_clone, &j.in_memory, &j.may_share, &j.order, &j.uid, &j.gid, &j.is_nosuid, &j.obeys_modes, &j.mark_prefix, &j.uuid,
+	if (!PyArg_ParseTuple(args, "iiyiyiyLLppiLLppyy#", &j.given_fd, &j.from_fd, &j.name, &j.work_fd, &j.temporary, &j.to_fd, &j.to_name, &j.size,
+			&j.most, &j.in_memory, &j.may_share, &j.order, &j.uid, &j.gid, &j.is_nosuid, &j.obeys_modes, &j.mark_prefix, &j.uuid,
 			&j.uuid_length))
 		return NULL;
 	if (j.uuid_length != 16 || strlen(j.mark_prefix) > NAME_ROOM / 2) {

@@ -261,26 +261,39 @@ PyObject *reads_readlink(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 	return length < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyBytes_FromStringAndSize(target, length);
 }
 
+int open_regular(int dirfd, const char *name, int flags)
+{
+	int fd = -1, pin = openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	char path[32];
+	struct stat st;
+
+	if (pin < 0)
+		return -1;
+	snprintf(path, sizeof path, "/proc/self/fd/%d", pin);
+	errno = ESTALE;
+	if (fstat(pin, &st) == 0 && S_ISREG(st.st_mode)) {
+		do
+			fd = open(path, flags | O_CLOEXEC);
+		while (fd < 0 && errno == EINTR);
+	}
+	int error = errno;
+	close(pin);
+	errno = error;
+	return fd;
+}
+
 PyObject *reads_open_regular(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-	struct stat st;
 	char *name;
-	int dirfd, flags, fd, error = 0;
+	int dirfd, flags, fd;
 
 	(void)self;
 	if (!take_place(arguments, count, 3, &dirfd, &name) || !take_number(arguments[2], &flags))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
-	fd = openat(dirfd, name, flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-	if (fd < 0 || fstat(fd, &st) < 0)
-		error = errno;
-	else if (!S_ISREG(st.st_mode))
-		error = ESTALE;
-	if (fd >= 0 && error)
-		close(fd);
+	fd = open_regular(dirfd, name, flags);
 	Py_END_ALLOW_THREADS
-	errno = error;
-	return error ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
+	return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
 }
 
 /* ---- extended attributes ---- */

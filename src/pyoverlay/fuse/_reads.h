@@ -17,6 +17,9 @@ PyObject *reads_lstat(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 PyObject *reads_lstat_all(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
 PyObject *reads_fstat(PyObject *self, PyObject *fd);
 PyObject *reads_readlink(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
+/* See core/reads.py. -1 and errno. Needs no GIL. */
+int open_regular(int dirfd, const char *name, int flags);
+
 PyObject *reads_open_regular(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
 PyObject *reads_getxattr(PyObject *self, PyObject *const *arguments, Py_ssize_t count);
 PyObject *reads_find_xattr(PyObject *self, PyObject *const *arguments, Py_ssize_t count);

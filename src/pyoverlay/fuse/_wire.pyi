@@ -129,7 +129,6 @@ def copy_up_file(
     new: bytes,
     size: int,
     most: int,
-    is_clone: bool,
     in_memory: bool,
     may_share: bool,
     order: int,
