@@ -93,15 +93,17 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         looked.close()
         if wire is not None:
             wire.latency(latency_fd)
-        session.run(
-            options,
-            on_answer,
-            on_mount=on_mount,
-            stop_at=_stop_signals(request),
-            on_signal={signal.SIGUSR1: logs.Level().switch, signal.SIGUSR2: lambda: _say_how_it_is(view, entry.record)},
-        )
-        log.info("%s: unmounted", printable(layers.merged.path))
-        _sync(view, rules, entry)
+        try:
+            session.run(
+                options,
+                on_answer,
+                on_mount=on_mount,
+                stop_at=_stop_signals(request),
+                on_signal={signal.SIGUSR1: logs.Level().switch, signal.SIGUSR2: lambda: _say_how_it_is(view, entry.record)},
+            )
+            log.info("%s: unmounted", printable(layers.merged.path))
+        finally:
+            _sync(view, rules, entry)
 
 
 def mount_options(options: Options, lowers: Sequence[Directory], *, privileged: bool) -> MountOptions:
@@ -202,11 +204,13 @@ def _sync(view: View, rules: Policy, entry: _Entry) -> None:
     """What umount(8) did not wait for. A failure is left in the registry: `pyoverlay umount` reports it."""
     if not view.is_dirty or rules.fsync is Fsync.VOLATILE:
         return
+    entry.failure = "the upper was not synced: the last changes may be lost"  # unless something is said of it below
     try:
         view.sync()
+        entry.failure = None
     except OSError as error:
         log.critical("%s: the upper could not be synced: %s", printable(entry.record.merged), error.strerror)
-        entry.leave_failure(f"the upper could not be synced ({error.strerror}): the last changes may be lost")
+        entry.failure = f"the upper could not be synced ({error.strerror}): the last changes may be lost"
 
 
 class _Entry:
@@ -216,7 +220,7 @@ class _Entry:
         pid = os.getpid()
         self._point = point
         self._directory = _registry_directory()
-        self._failure: str | None = None
+        self.failure: str | None = None  # what `pyoverlay umount` is told
         self.record = registry.Record(
             id=registry.new_id(),
             pid=pid,
@@ -249,19 +253,16 @@ class _Entry:
                 lambda: {"requests": operations.requests(), "inodes": len(view.table.by_ino), "descriptors": len(view.cache)},
             )
 
-    def leave_failure(self, failure: str) -> None:
-        self._failure = failure
-
     def close(self) -> None:
         if self._directory is None:
             return
         if self._listener is not None:
             self._listener.close()
             control.remove(self._directory, self.record)
-        if self._failure is None:
+        if self.failure is None:
             registry.remove(self._directory, self.record)
         else:
-            registry.leave_failure(self._directory, self.record, self._failure)
+            registry.leave_failure(self._directory, self.record, self.failure)
         os.close(self._directory)
 
 
