@@ -23,11 +23,12 @@ from pyoverlay.core.attributes import Wanted
 from pyoverlay.core.calls import Caller, Calls
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import readable_dir
+from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import Fsync, Policy
 from pyoverlay.core.rename import rename
 from pyoverlay.core.stack import open_view
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, Stat
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 from pyoverlay.testing import Entry, Tree, make_tree, witness
 
 IS_ROOT = os.geteuid() == 0

@@ -13,8 +13,8 @@ from pyoverlay.core import attributes, copyup
 from pyoverlay.core.attributes import Wanted
 from pyoverlay.core.calls import Calls, Order
 from pyoverlay.core.marks import decode_origin
+from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import Fsync
-from pyoverlay.core.view import failure
 from pyoverlay.testing import Device, Directory, Fifo, File, HardLink, Node, Socket, Symlink, Tree, snapshot
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import IS_ROOT, Faulty, Merged, Stack, mark, timeless

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pyoverlay.core import change, copyup, copyup_directory, index, layer, merge, metacopy, origins, reads, rename, upper, view
+from pyoverlay.core import change, copyup, copyup_directory, index, layer, merge, metacopy, objects, origins, reads, rename, upper, view
 from tests.crash.cases import AT_ONCE, BELOW, CASES, LOWER, RUNNABLE, Case
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Faulty, Stack, timeless
@@ -140,7 +140,7 @@ class FaultyReading:
 def reading(at: int, code: int) -> Iterator[FaultyReading]:
     faulty = FaultyReading(at, code)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (change, copyup, copyup_directory, index, layer, merge, metacopy, origins, reads, rename, upper, view):
+        for module in (change, copyup, copyup_directory, index, layer, merge, metacopy, objects, origins, reads, rename, upper, view):
             patch.setattr(module, "os", faulty)
         yield faulty
 

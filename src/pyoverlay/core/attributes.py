@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import CAPABILITY
+from pyoverlay.core.objects import failure
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 
 @dataclass(slots=True)

@@ -20,10 +20,11 @@ from pyoverlay.core.copyup import copy_up, link_to_copy
 from pyoverlay.core.copyup_directory import copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
 from pyoverlay.core.layer import tolerated
+from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 _ACL_DEFAULT = b"system.posix_acl_default"
 _LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold

@@ -25,10 +25,11 @@ from pyoverlay.core.copyup_at_once import copy_up_at_once
 from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, keeping_times, mark_impure, xattrs_to_copy
 from pyoverlay.core.inode import UPPER, Data, Directory, Inode, key_of
 from pyoverlay.core.layer import CAPABILITY, Place, tolerated
+from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import Verity
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 log = logging.getLogger(__name__)
 

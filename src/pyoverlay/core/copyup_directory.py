@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pyoverlay.core import marks
 from pyoverlay.core.inode import UPPER, Directory, key_of
 from pyoverlay.core.layer import CAPABILITY, Layer, Place, tolerated
+from pyoverlay.core.objects import failure
 from pyoverlay.core.overrides import is_private
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 
 def copy_attributes(

@@ -25,8 +25,9 @@ from pyoverlay.core.copyup import Copy
 from pyoverlay.core.copyup_directory import copy_up_directory, keeping_times
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import tolerated
+from pyoverlay.core.objects import failure
 from pyoverlay.core.syscalls import Stat
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 
 class Detachment:

@@ -33,9 +33,10 @@ from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, 
 from pyoverlay.core.detach import detach
 from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
 from pyoverlay.core.layer import Place, tolerated
+from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 
 class Side(NamedTuple):

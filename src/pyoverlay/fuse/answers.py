@@ -21,12 +21,13 @@ from pyoverlay.core.calls import Caller, Order
 from pyoverlay.core.copyup_at_once import copy_up_at_once
 from pyoverlay.core.copyup_directory import copy_up_directory
 from pyoverlay.core.inode import REFUSED_INO, Directory, Inode
+from pyoverlay.core.objects import failure
 from pyoverlay.core.owners import ACLS
 from pyoverlay.core.policy import Fsync, Verity
 from pyoverlay.core.remote import MustAsk, Question
 from pyoverlay.core.rename import Side
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, Stat
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 
 # Bytes copied on the loop, where nothing waits for a disk: a thread costs more. And where the copy must be on disk before it appears, which
 # takes a good disk less time than a thread takes to start and to end; once it took `SLOW`, threads do it for a while. Seconds.

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import trio
 
+from pyoverlay.core.objects import failure
 from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, Round, replies
-from pyoverlay.core.view import failure
 
 THREADS = 8  # a lower
 _LOOK = 1.0  # seconds between two looks at a caller that had a signal

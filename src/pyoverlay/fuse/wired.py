@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 from pyoverlay.core import attributes
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Held
+from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import Fsync, Override
 from pyoverlay.core.remote import Errand, RemoteLower, replies
 from pyoverlay.core.syscalls import Stat
-from pyoverlay.core.view import View, failure
+from pyoverlay.core.view import View
 from pyoverlay.fuse import direct, opcodes
 from pyoverlay.fuse.answers import Answers, NotAtOnce, Shown
 from pyoverlay.fuse.asking import Header, Told
