@@ -5,6 +5,7 @@ and writes that fail.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import subprocess
@@ -322,6 +323,33 @@ def test_with_writeback_a_file_whose_data_are_on_their_way_shows_a_block(overlay
         os.write(fd, b"not there yet")
         assert os.stat(made.writable / "f").st_blocks == 0
         assert os.stat(made.merged / "f").st_blocks >= 1
+
+
+@pytest.mark.wire
+@pytest.mark.parametrize("options", WRITEBACK)
+@pytest.mark.parametrize("of_lower", [False, True])
+@pytest.mark.root  # mounts a small file system
+def test_after_a_page_of_a_map_that_could_not_be_written_everybody_sees_what_is_on_disk(
+    tmp_path: Path, of_lower: bool, options: tuple[str, ...]
+) -> None:
+    """The page is clean once it was sent, whatever came of it: only we can say that it holds what nobody has."""
+    content = bytes(1 << 20) if not of_lower else b"lower" * 200_000
+    with small_upper(tmp_path, *options, lower=content if of_lower else b"") as overlay:
+        with opened(overlay.merged / "f", os.O_RDWR | os.O_CREAT) as fd:
+            if not of_lower:
+                os.ftruncate(fd, len(content))  # a hole, for which there will be no room
+            with fails(errno.ENOSPC):
+                (overlay.merged / "filler").write_bytes(b"x" * (3 << 20))
+            with mmap.mmap(fd, len(content)) as shared:
+                shared[5000:5003] = b"new"
+                with fails(errno.ENOSPC):
+                    shared.flush()
+                while shared[5000:5003] == b"new":  # until the kernel has been told; at the latest the test's time ends it
+                    pass
+                assert shared[:] == content
+            assert os.pread(fd, len(content), 0) == content
+        with opened(overlay.merged, os.O_RDONLY) as fd, fails(errno.ENOSPC):
+            syncfs(fd)  # so that `pyoverlay umount` need not say it once more
 
 
 @pytest.mark.parametrize("wire", [True, False], ids=["wire", "no-wire"])

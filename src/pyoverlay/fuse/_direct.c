@@ -418,6 +418,8 @@ static enum direct_outcome act_on(int device, const struct request *r, PyObject 
 	if (PyLong_Check(result) && PyLong_AsLongAndOverflow(result, &overflow) < 0) {
 		if (opcode != OP_FORGET)
 			reply_to(device, header_of(r)->unique, (int)-PyLong_AsLong(result), NULL, 0);
+		if (opcode == OP_WRITE)
+			lane_failed(r->mem);
 		return DIRECT_ANSWERED;
 	}
 	if (opcode == OP_READ || opcode == OP_WRITE || (opcode == OP_SETATTR && result == Py_None))

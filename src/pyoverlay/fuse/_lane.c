@@ -25,7 +25,7 @@ enum {
 	NO_XATTR = 1, WRITTEN = 2, IN_MEMORY = 4, NO_NOWAIT = 8, LISTS_NOTHING = 16, ON_DISK = 32, /* struct node, flags */
 	PAGE = 4096,                         /* or a multiple of it */
 	DATA_AT = PAGE,                      /* where data is read to in the request's own buffer: past any READ request, on a page */
-	WRITE_KILL_SUIDGID = 4,
+	WRITE_CACHE = 1, WRITE_KILL_SUIDGID = 4,       /* FUSE_WRITE_* of <linux/fuse.h> */
 	FSYNC_DATA_ONLY = 1,
 	THREADS = 4,                         /* of a queue */
 	QUEUED_BYTES = 64 << 20,             /* of writes; past it the receiver writes itself, and so everybody is slowed down */
@@ -229,6 +229,22 @@ void lane_clear(void)
 size_t lane_nodes(void) { return used; }
 struct lane_counts lane_counts(void) { return counts; }
 
+/* ---- what a page held and could not be written ---- */
+
+static void (*tell_of_failure)(uint64_t node);
+
+void lane_tell_of_failure(void (*tell)(uint64_t node)) { tell_of_failure = tell; }
+
+/* Of a whole WRITE in a request's buffer. One by write(2) needs nothing: the kernel drops the page itself. */
+void lane_failed(const char *mem)
+{
+	const struct in_header *head = (const void *)mem;
+	const struct write_in *in = (const void *)(head + 1);
+
+	if (tell_of_failure && in->write_flags & WRITE_CACHE)
+		tell_of_failure(head->nodeid);
+}
+
 /* ---- the threads ---- */
 
 static void finish(struct job *j)
@@ -247,6 +263,8 @@ static void finish(struct job *j)
 		n = pwrite(j->fd, j->data, j->size, (off_t)j->offset);
 		uint32_t written[2] = { n < 0 ? 0 : (uint32_t)n, 0 };
 		reply_to(j->device, j->unique, n < 0 ? errno : 0, written, n < 0 ? 0 : sizeof written);
+		if (n < 0)
+			lane_failed(j->mem);
 		pthread_mutex_lock(&queue_lock);
 		queued_bytes -= j->size;
 		pthread_mutex_unlock(&queue_lock);
@@ -482,6 +500,8 @@ static bool answer_write(int device, struct request *r, struct node *n)
 		uint32_t written[2] = { put < 0 ? 0 : (uint32_t)put, 0 };
 		reply_to(device, header_of(r)->unique, put < 0 ? errno : 0, written, put < 0 ? 0 : sizeof written);
 		double end = monotonic_us();
+		if (put < 0)
+			lane_failed(r->mem);
 		if (end - begin > SLOW_WRITE)
 			pressure_until = end + PRESSURE;
 		counts.writes++;

@@ -52,6 +52,10 @@ struct lane_counts lane_counts(void);
 /* Takes the lock itself. True if the request is answered, or will be; r->mem is NULL if its buffer went with it. */
 bool lane_answer(int device, struct request *r);
 
+/* Who is told of each node of which a dirty page could not be written, on whatever thread; NULL: nobody. */
+void lane_tell_of_failure(void (*tell)(uint64_t node));
+void lane_failed(const char *mem);
+
 /* fsync or fdatasync of fd, which is closed afterwards, by a thread where there is one; the reply comes from there. */
 void lane_sync(int device, const struct request *r, int fd);
 

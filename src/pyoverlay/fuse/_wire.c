@@ -77,7 +77,7 @@ static struct {
 	long preemptions;
 	uint64_t requests[OPCODES];
 	bool is_extra[OPCODES];
-	PyObject *on_init, *on_interrupt;
+	PyObject *on_init, *on_interrupt, *on_failed_page;
 	PyThreadState *without_gil;          /* the receiver's, while it has released the GIL */
 } wire = { .device = -1, .wanted_capacity = FIRST_CAPACITY };
 
@@ -470,6 +470,7 @@ void fuse_session_destroy(struct fuse_session *se)
 	free(wire.now.mem);
 	Py_CLEAR(wire.on_init);
 	Py_CLEAR(wire.on_interrupt);
+	Py_CLEAR(wire.on_failed_page);
 	direct_set(NULL);
 	latency_set(-1);
 	memset(&wire, 0, sizeof wire);
@@ -497,13 +498,24 @@ static PyObject *none_or_memory_error(int result)
 	Py_RETURN_NONE;
 }
 
+static void page_failed(uint64_t node)
+{
+	PyGILState_STATE state = PyGILState_Ensure();
+	PyObject *done = wire.on_failed_page ? PyObject_CallFunction(wire.on_failed_page, "K", (unsigned long long)node) : NULL;
+
+	if (wire.on_failed_page && !done)
+		PyErr_WriteUnraisable(wire.on_failed_page);
+	Py_XDECREF(done);
+	PyGILState_Release(state);
+}
+
 static PyObject *serve(PyObject *self, PyObject *args)
 {
-	PyObject *init, *interrupt, *opcodes, *direct = NULL, *each, *item;
+	PyObject *init, *interrupt, *opcodes, *direct = NULL, *failed = Py_None, *each, *item;
 	bool is_extra[OPCODES] = { false };
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "OOO|O!", &init, &interrupt, &opcodes, &PyDict_Type, &direct) || !(each = PyObject_GetIter(opcodes)))
+	if (!PyArg_ParseTuple(args, "OOO|O!O", &init, &interrupt, &opcodes, &PyDict_Type, &direct, &failed) || !(each = PyObject_GetIter(opcodes)))
 		return NULL;
 	while ((item = PyIter_Next(each))) {
 		long opcode = PyLong_AsLong(item);
@@ -518,10 +530,13 @@ static PyObject *serve(PyObject *self, PyObject *args)
 	Py_DECREF(each);
 	if (PyErr_Occurred() || direct_set(direct) < 0)
 		return NULL;
-	PyObject *old_init = wire.on_init, *old_interrupt = wire.on_interrupt;
+	PyObject *old_init = wire.on_init, *old_interrupt = wire.on_interrupt, *old_failed = wire.on_failed_page;
 	wire.on_init = init == Py_None ? NULL : Py_NewRef(init);
 	wire.on_interrupt = interrupt == Py_None ? NULL : Py_NewRef(interrupt);
+	wire.on_failed_page = failed == Py_None ? NULL : Py_NewRef(failed);
+	lane_tell_of_failure(page_failed);
 	memcpy(wire.is_extra, is_extra, sizeof is_extra);
+	Py_XDECREF(old_failed);
 	Py_XDECREF(old_init);
 	Py_XDECREF(old_interrupt);
 	Py_RETURN_NONE;

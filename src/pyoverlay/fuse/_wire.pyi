@@ -27,6 +27,7 @@ def serve(
     interrupt: Callable[[int], bool] | None,
     opcodes: Iterable[int],
     direct: dict[int, Callable[..., Any]] = ...,
+    failed_page: Callable[[int], None] | None = ...,
     /,
 ) -> None:
     """Say what Python wants of the next session, before it is mounted; forgotten when pyfuse3 closes it.
@@ -40,6 +41,7 @@ def serve(
     the request's fields and returns what the reply says, a negative errno, or NotImplemented, which leaves the request to pyfuse3. What
     each gets and returns is in `pyoverlay.fuse.direct`; a function for READ or WRITE registers a lane, as one for
     SETATTR may.
+    `failed_page` gets the node of each WRITE of a page that a map had dirtied and that failed, on whatever thread it did; it may not wait.
     """
 
 def request() -> tuple[int, int, int, int, int, int, bytes]:

@@ -36,6 +36,7 @@ class Wire(Reads, Protocol):
         interrupt: Callable[[int], bool] | None,
         opcodes: Iterable[int],
         direct: dict[int, Callable[..., Any]] = ...,
+        failed_page: Callable[[int], None] | None = ...,
         /,
     ) -> None: ...
     def request(self) -> Request: ...

@@ -92,6 +92,9 @@ class ExtraOperations(Protocol):
     direct: Mapping[int, Callable[..., Any]]
     """Plain functions that the receiver calls for requests of these opcodes, before pyfuse3 sees them: direct.py."""
 
+    def page_failed(self, ino: int) -> None:
+        """A page of this node that a map had dirtied could not be written. Called on any thread, and may not wait."""
+
     def interrupt(self, unique: int) -> None:
         """The caller of the request `unique` was killed; its handler may now fail with EINTR. Requests that are done may be named."""
 
@@ -214,7 +217,9 @@ def attach(operations: pyfuse3.Operations, wire: Wire, wanted: Wanted) -> None:
 
     setattr(operations, "read", read)  # noqa: B010  (an assignment to a method is a type error)
     interrupt = functools.partial(_interrupt, operations) if hasattr(operations, "interrupt") else None
-    wire.serve(functools.partial(init_reply, wanted=wanted), interrupt, opcodes_of(operations), getattr(operations, "direct", {}))
+    on_init = functools.partial(init_reply, wanted=wanted)
+    plain, failed_page = getattr(operations, "direct", {}), getattr(operations, "page_failed", None)
+    wire.serve(on_init, interrupt, opcodes_of(operations), plain, failed_page)
 
 
 async def _answer(operations: object, wire: Wire) -> bytes:

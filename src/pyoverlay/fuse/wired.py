@@ -11,11 +11,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import logging
 import os
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
+
+import trio
 
 from pyoverlay.core import attributes
 from pyoverlay.core.inode import Directory, Inode
@@ -32,8 +36,10 @@ from pyoverlay.fuse.binding import Wire, pyfuse3
 from pyoverlay.fuse.ceiling import Ceiling
 from pyoverlay.fuse.operations import Operations
 
+log = logging.getLogger(__name__)
+
 _WRITE_FLAGS = struct.Struct("<20xI")  # struct fuse_write_in
-_WRITE_KILL_SUIDGID = 1 << 2
+_WRITE_CACHE, _WRITE_KILL_SUIDGID = 1 << 0, 1 << 2
 _SETATTR_VALID = struct.Struct("<I")  # struct fuse_setattr_in
 _SETATTR_KILL_SUIDGID = 1 << 11
 
@@ -168,6 +174,8 @@ class WiredOperations(Operations):
     def __init__(self, view: View, wire: Wire) -> None:
         answers = WiredAnswers(view, wire)
         self._wire = wire
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stale: set[int] = set()  # nodes of which the kernel has pages that are to be dropped
         super().__init__(view, answers)
         self.direct = {
             **direct.functions(answers),
@@ -182,6 +190,36 @@ class WiredOperations(Operations):
         for opcode, count in counts.items():
             found[opcodes.REQUESTS.get(opcode, f"opcode {opcode}")] += count
         return {name: count for name, count in found.items() if count}
+
+    # -- pages that could not be written
+    #
+    # write(2) fails by itself, and the kernel forgets what it had put into the page. What a map has dirtied, or with writeback a write, is
+    # in the page cache and clean once it was sent, whatever we answered: everybody would go on to read what the disk never had.
+
+    def init(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        is_page = bool(_WRITE_FLAGS.unpack_from(self._asked()[6])[0] & _WRITE_CACHE)
+        try:
+            return await super().write(fh, off, buf)
+        except pyfuse3.FUSEError:
+            if is_page:
+                self.page_failed(fh)
+            raise
+
+    def page_failed(self, ino: int) -> None:
+        if self._token is not None and ino not in self._stale:
+            self._stale.add(ino)
+            with suppress(trio.RunFinishedError):  # the mount is gone, and the pages with it
+                self._token.run_sync_soon(trio.lowlevel.spawn_system_task, self._drop_pages, ino)
+
+    async def _drop_pages(self, ino: int) -> None:
+        self._stale.discard(ino)  # what fails from here on is told anew
+        try:
+            await self._write_back(ino)
+        except OSError as error:
+            log.info("what could not be written of inode %d stays in the page cache: %s", ino, error.strerror)
 
     # -- interrupted copy-ups
 
