@@ -71,6 +71,20 @@ def test_what_is_done_is_the_same_whatever_has_to_be_asked_for(stack: StackFacto
     assert remote.work_names() == remote.litter() == []
 
 
+def test_a_directory_that_is_opened_again_has_said_already_what_it_holds(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one descriptor each beginning opens the directories anew, from nearer or further up: it went on for ever."""
+    deep: Tree = {"file": "x"}
+    for _ in range(6):
+        deep = {"a": deep, "b": {}}
+    with every_lower_is_remote(monkeypatch):
+        merged = Asked(stack(deep, limit=1).merged.view)
+    merged.chmod("a/a/a/a/a/a/file", 0o600)
+    merged.rename("a/a/a/a/a/a/file", "a/a/b/moved")
+    asked = merged.told.asked
+    assert len(asked) < 400
+    assert merged.read("a/a/b/moved") == b"x"
+
+
 def _plain(found: object) -> object:
     """What can be compared: no objects of either view."""
     return [_plain(each) for each in found] if isinstance(found, list) else found if isinstance(found, str | bytes | bool) else None

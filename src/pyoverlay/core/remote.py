@@ -16,7 +16,6 @@ Outside of a request, while mounting and in the command line, everything is aske
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -35,6 +34,8 @@ _LOCAL = frozenset((
     0x01021994, 0x858458F6, 0x794C7630,  # tmpfs, ramfs, overlay
     0x73717368, 0xE0F5E1E2, 0x28CD3D45, 0x7275, 0x9660, 0x15013346, 0x4D44, 0x2011BAB0, 0x7366746E,
 ))  # fmt: skip
+
+_ELSEWHERE = b"/"  # in the path to what no names alone lead to
 
 T = TypeVar("T")
 
@@ -93,12 +94,11 @@ replies: ContextVar[Replies | None] = ContextVar("replies", default=None)
 class _Opened:
     """A descriptor that a reply consists of; who is told gets a duplicate."""
 
-    __slots__ = ("fd", "layer", "serial")
+    __slots__ = ("fd", "layer")
 
-    def __init__(self, layer: RemoteLower, fd: int, serial: int) -> None:
+    def __init__(self, layer: RemoteLower, fd: int) -> None:
         self.layer = layer
         self.fd = fd
-        self.serial = serial
 
 
 class Errand:
@@ -169,10 +169,9 @@ class RemoteLower(Lower):
     def __init__(self, root_fd: int, index: int, fs: int, **rest: Any) -> None:
         super().__init__(root_fd, index, fs, **rest)
         self.close_later: Callable[[int], None] = os.close
-        # A number is given to another file once it is closed, so the replies know descriptors by the order in which they were opened;
-        # a duplicate counts as the same.
-        self._count = itertools.count(1)
-        self._serials = {root_fd: 0}
+        # A number is given to another file once it is closed, and what was closed may be opened again, from nearer or further up, while a
+        # request goes on. So the replies know what a descriptor is of by the path to it, which a lower does not change.
+        self._paths: dict[int, tuple[bytes, ...]] = {root_fd: ()}
 
     def _ask(self, call: Callable[..., T], fd: int, *arguments: Any) -> T:
         """The answer to a call, by a descriptor and by arguments that can be compared."""
@@ -181,7 +180,7 @@ class RemoteLower(Lower):
             return call(self, fd, *arguments)
         if type(told) is NoReplies:
             raise MustAsk(None)
-        key = (self.index, call.__name__, self._serials[fd], *arguments)
+        key = (self.index, call.__name__, self._paths[fd], *arguments)
         if key not in told:
             raise MustAsk(Question(self, key, call, fd, arguments, told))
         value = told[key]
@@ -190,18 +189,18 @@ class RemoteLower(Lower):
         found: T = value
         return found
 
-    def _open(self, call: Callable[..., int], fd: int, *arguments: Hashable) -> int:
+    def _open(self, call: Callable[..., int], fd: int, names: tuple[bytes, ...], *arguments: Hashable) -> int:
+        path = (*self._paths.get(fd, ()), *names)  # a thread's own duplicate is of no path, nor is anything asked by what it opens
         if replies.get() is None:
-            opened, serial = call(self, fd, *arguments), next(self._count)
+            opened = call(self, fd, *arguments)
         else:
-            told = self._ask(self._opening(call), fd, *arguments)
-            opened, serial = os.dup(told.fd), told.serial
-        self._serials[opened] = serial
+            opened = os.dup(self._ask(self._opening(call), fd, *arguments).fd)
+        self._paths[opened] = path
         return opened
 
     def _opening(self, call: Callable[..., int]) -> Callable[..., _Opened]:
         def opened(layer: RemoteLower, fd: int, *arguments: Hashable) -> _Opened:
-            return _Opened(layer, call(layer, fd, *arguments), next(layer._count))
+            return _Opened(layer, call(layer, fd, *arguments))
 
         opened.__name__ = call.__name__
         return opened
@@ -248,23 +247,23 @@ class RemoteLower(Lower):
         return self._ask(Lower.handle, dirfd, name)
 
     def stat_by_handle(self, mount_fd: int, handle: syscalls.FileHandle) -> Stat | None:
-        self._serials.setdefault(mount_fd, next(self._count))  # it stays open for as long as the layer
+        self._paths.setdefault(mount_fd, (_ELSEWHERE,))  # it stays open for as long as the layer
         return self._ask(Lower.stat_by_handle, mount_fd, handle)
 
     def verity(self, fd: int) -> tuple[int, bytes] | None:
         return self._ask(Lower.verity, fd)
 
     def open_dir(self, dirfd: int, name: bytes) -> int:
-        return self._open(Lower.open_dir, dirfd, name)
+        return self._open(Lower.open_dir, dirfd, (name,), name)
 
     def open_descendant(self, start: int, names: Sequence[bytes]) -> int:
-        return self._open(Lower.open_descendant, start, tuple(names))
+        return self._open(Lower.open_descendant, start, tuple(names), tuple(names))
 
     def open_covered(self, dirfd: int, name: bytes) -> int:
-        return self._open(Lower.open_covered, dirfd, name)
+        return self._open(Lower.open_covered, dirfd, (_ELSEWHERE, name), name)
 
     def open_read(self, dirfd: int, name: bytes) -> int:
-        fd = self._open(Lower.open_read, dirfd, name)
+        fd = self._open(Lower.open_read, dirfd, (name,), name)
         self.cache.closers[fd] = self._close_later
         return fd
 
