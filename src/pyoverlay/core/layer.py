@@ -30,9 +30,13 @@ _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RE
 _PATH_MAX = 4096
 CAPABILITY = b"security.capability"  # file capabilities, capabilities(7)
 # Magic numbers of <linux/magic.h> and of the file systems' own sources.
-_MEMORY_FILESYSTEMS = (0x01021994, 0x858458F6)  # tmpfs, ramfs
-_DISK_FILESYSTEMS = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E, 0xE0F5E1E2, 0x73717368)
-"""ext2 to ext4, xfs, btrfs, f2fs, bcachefs, erofs, squashfs."""
+_MEMORY = frozenset((0x01021994, 0x858458F6))  # tmpfs, ramfs
+# What answers from this machine's disks and memory: ext, xfs, btrfs, f2fs, bcachefs, zfs, jfs, reiserfs, nilfs; the kernel's overlay, taken
+# for that of a container; squashfs, erofs, cramfs, romfs, iso9660, udf, fat, exfat, ntfs3.
+_LOCAL = _MEMORY | frozenset((
+    0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E, 0x2FC12FC1, 0x3153464A, 0x52654973, 0x3434, 0x794C7630,
+    0x73717368, 0xE0F5E1E2, 0x28CD3D45, 0x7275, 0x9660, 0x15013346, 0x4D44, 0x2011BAB0, 0x7366746E,
+))  # fmt: skip
 
 
 class Held:
@@ -169,12 +173,17 @@ def open_below(fd: int, names: Sequence[bytes], resolve: int) -> int:
     return here
 
 
+def is_local(fd: int) -> bool:
+    """Does the file system answer from this machine, so that a disk is the worst that there is to wait for?"""
+    return syscalls.fstatfs_type(fd) in _LOCAL
+
+
 class Layer:
     """One directory tree, read only by type: there is no method here that changes anything.
 
     root_fd: descriptor of its root; owned. index: its place, 0 for the upper, then the lowers from the top. fs: which file system it
-    lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk. is_disk:
-    it waits for a disk at most, and not for a server that may never answer. is_remote: it may not answer (`remote`).
+    lies on, a small number. is_clone: root_fd is of a detached clone of the mount. is_memory: nothing on it ever waits for a disk.
+    is_local: a disk is the worst that it waits for. is_remote: it may not answer (`remote`).
     is_nosuid, is_nodev: its mount gives set-id bits and capabilities, or device nodes, no effect.
     """
 
@@ -186,7 +195,7 @@ class Layer:
         self.fs = fs
         self.is_clone = is_clone
         kind = syscalls.fstatfs_type(root_fd)
-        self.is_memory, self.is_disk = kind in _MEMORY_FILESYSTEMS, kind in _DISK_FILESYSTEMS
+        self.is_memory, self.is_local = kind in _MEMORY, kind in _LOCAL
         flags = os.fstatvfs(root_fd).f_flag
         self.is_nosuid, self.is_nodev = bool(flags & os.ST_NOSUID), bool(flags & os.ST_NODEV)
         self.mark_prefix = mark_prefix

@@ -26,23 +26,9 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.layer import Lower
 from pyoverlay.core.syscalls import Stat
 
-# <linux/magic.h> and the file systems' own, what answers from this machine's disks and memory: ext, xfs, btrfs, f2fs, bcachefs, zfs, jfs,
-# reiserfs, nilfs; tmpfs, ramfs, the kernel's overlay, taken for that of a container; squashfs, erofs, cramfs, romfs, iso9660, udf, fat,
-# exfat, ntfs3.
-_LOCAL = frozenset((
-    0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E, 0x2FC12FC1, 0x3153464A, 0x52654973, 0x3434,
-    0x01021994, 0x858458F6, 0x794C7630,  # tmpfs, ramfs, overlay
-    0x73717368, 0xE0F5E1E2, 0x28CD3D45, 0x7275, 0x9660, 0x15013346, 0x4D44, 0x2011BAB0, 0x7366746E,
-))  # fmt: skip
-
 _ELSEWHERE = b"/"  # in the path to what no names alone lead to
 
 T = TypeVar("T")
-
-
-def is_local(fd: int) -> bool:
-    """Does the file system answer from this machine, so that a disk is the worst that there is to wait for?"""
-    return syscalls.fstatfs_type(fd) & 0xFFFFFFFF in _LOCAL
 
 
 class MustAsk(Exception):

@@ -16,11 +16,11 @@ from uuid import uuid4
 from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import Calls, remove_tree
 from pyoverlay.core.index import Index
-from pyoverlay.core.layer import DescriptorCache, Lower, Place, closed_on_failure, tolerated
+from pyoverlay.core.layer import DescriptorCache, Lower, Place, closed_on_failure, is_local, tolerated
 from pyoverlay.core.overrides import OverridingCalls
 from pyoverlay.core.policy import Policy, Uuid, Whiteouts
 from pyoverlay.core.probe import ProbedLower
-from pyoverlay.core.remote import RemoteLower, is_local
+from pyoverlay.core.remote import RemoteLower
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View
 

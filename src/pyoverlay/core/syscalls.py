@@ -189,7 +189,7 @@ def fstatfs_type(fd: int) -> int:
     if _fstatfs(fd, buffer):
         raise _failed()
     kind: int = struct.unpack_from("l", buffer)[0]
-    return kind
+    return kind & 0xFFFFFFFF  # where a long has 32 bits the larger ones are negative
 
 
 def umount2(path: bytes, flags: int = 0) -> None:

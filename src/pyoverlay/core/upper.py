@@ -99,13 +99,10 @@ class Upper(Layer):
     def open_write(self, dirfd: int, name: bytes) -> int:
         """Read-write descriptor of a regular file of the upper; as `open_read` where the mode refuses it."""
         try:
-            return self._open_write(dirfd, name)
+            return self.reads.open_regular(dirfd, name, os.O_RDWR)
         except PermissionError:
             with self._open_to_owner(dirfd, name):
-                return self._open_write(dirfd, name)
-
-    def _open_write(self, dirfd: int, name: bytes) -> int:
-        return self.reads.open_regular(dirfd, name, os.O_RDWR)
+                return self.reads.open_regular(dirfd, name, os.O_RDWR)
 
     def open_pinned(self, pin: int, flags: int) -> int:
         """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it; as `open_read`."""

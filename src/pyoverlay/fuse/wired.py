@@ -103,7 +103,7 @@ class WiredAnswers(Answers):
         layer = self.view.data_layer(inode)
         if layer is None:
             return _FOR_ANYTHING
-        return _FOR_NOTHING if layer.is_memory else _FOR_A_DISK if layer.is_disk else _FOR_ANYTHING
+        return _FOR_NOTHING if layer.is_memory else _FOR_A_DISK if layer.is_local else _FOR_ANYTHING
 
     def _links(self, inode: Inode) -> int:
         """For `lane`. With writeback a file of no size may have data that are not here yet: `shown` knows what to say of its blocks."""
