@@ -35,9 +35,8 @@ class Origins:
 
     def of(self, place: Place) -> marks.Origin | None:
         """The handle of a lower object; None where its file system has none."""
-        uuid, _, _ = self._filesystems[place.layer.fs]
         try:
-            return marks.Origin(uuid, place.layer.handle(place.dirfd, place.name))
+            return marks.Origin(self.uuid_of(place.layer), place.layer.handle(place.dirfd, place.name))
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EOVERFLOW):
                 return None
