@@ -8,6 +8,7 @@ import os
 import queue
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,10 @@ class OldKernel:
     def __init__(self) -> None:
         self.dropped: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
 
-    def notify_prune(self, nodes: list[int]) -> None:
+    def notify_prune(self, nodes: Sequence[int], /) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def notify_inval_entry(self, parent: int, name: bytes) -> None:
+    def notify_inval_entry(self, parent: int, name: bytes, /) -> None:
         self.dropped.put((parent, name))
         if name == b"last":
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))  # which ends the thread
@@ -88,7 +89,7 @@ def look_up(view: View) -> None:
 def test_an_older_kernel_is_told_to_drop_the_names_of_files(view: View) -> None:
     """A directory's name stays: what is mounted below would go with it."""
     kernel = OldKernel()
-    Ceiling(view, kernel, 2, drops_names=True)  # type: ignore[arg-type] # as much of the extension as is asked for
+    Ceiling(view, kernel, 2, drops_names=True)
     look_up(view)
     view.trim()
     assert [kernel.dropped.get(timeout=10) for _ in range(3)] == [(1, b"first"), (1, b"second"), (1, b"last")]
@@ -98,7 +99,7 @@ def test_an_older_kernel_is_told_to_drop_the_names_of_files(view: View) -> None:
 def test_an_older_kernel_drops_no_name_that_the_user_did_not_ask_for(view: View) -> None:
     """What is mounted on a file, as an engine's resolv.conf, would go with its name."""
     kernel, others = OldKernel(), set(threading.enumerate())
-    Ceiling(view, kernel, 2)  # type: ignore[arg-type] # as much of the extension as is asked for
+    Ceiling(view, kernel, 2)
     look_up(view)
     (thread,) = set(threading.enumerate()) - others
     view.trim()

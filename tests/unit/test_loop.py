@@ -154,7 +154,7 @@ async def test_other_tasks_run_while_requests_come_without_a_pause(
 ) -> None:
     monkeypatch.setattr(loop, "TURN", 0)
     if idle_wire is not None:
-        device.wait_readable = loop.WireDevice(Readable(idle_wire)).wait_readable  # type: ignore[arg-type]  # a part of a Wire
+        device.wait_readable = loop.WireDevice(Readable(idle_wire)).wait_readable
     turns = 0
 
     async def other() -> None:
@@ -174,7 +174,7 @@ async def test_other_tasks_run_while_requests_come_without_a_pause(
 @pytest.mark.trio
 async def test_a_turn_costs_no_checkpoint_before_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "TURN", 1e9)
-    wire = loop.WireDevice(Readable(idle=False))  # type: ignore[arg-type]  # a part of a Wire
+    wire = loop.WireDevice(Readable(idle=False))
     await wire.wait_readable(0)  # begins the turn
     with trio.testing.assert_no_checkpoints():
         for _ in range(100):
@@ -183,7 +183,7 @@ async def test_a_turn_costs_no_checkpoint_before_it_is_over(monkeypatch: pytest.
 
 @pytest.mark.trio
 async def test_an_idle_wire_sleeps_until_the_device_is_readable(device: Device, autojump_clock: trio.testing.MockClock) -> None:
-    wire = loop.WireDevice(Readable(idle=True))  # type: ignore[arg-type]  # a part of a Wire
+    wire = loop.WireDevice(Readable(idle=True))
     with trio.move_on_after(3600) as hour:  # a task that polls would keep the clock from jumping
         await wire.wait_readable(device.fd)
     assert hour.cancelled_caught

@@ -3,6 +3,7 @@
 import errno
 import logging
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ class FakeWire:
         self.opcodes: set[int] = set()
         self.interrupt: Any = None
 
-    def serve(self, init: Any, interrupt: Any, opcodes: Any, direct: Any) -> None:
+    def serve(self, init: Any, interrupt: Any, opcodes: Iterable[int], direct: Any = None, failed_page: Any = None, /) -> None:
         self.opcodes, self.interrupt = set(opcodes), interrupt
 
     def whole_request(self) -> tuple[int, int, int, int, int, int, bytes]:
@@ -60,7 +61,7 @@ class Recorded(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]  # untyp
 
 def ask(operations: Recorded, opcode: Opcode, body: bytes) -> bytes:
     wire = FakeWire()
-    attach(operations, wire, Wanted())  # type: ignore[arg-type]  # the part of a Wire that is used
+    attach(operations, wire, Wanted())
     wire.current = (opcode, 7, NODE, 1000, 100, 99, body)
     answer: bytes = trio.run(operations.read, 0, 0, 0)
     return answer
@@ -181,20 +182,20 @@ def test_only_what_the_operations_have_is_asked_for() -> None:
     assert opcodes_of(One()) == {Opcode.LSEEK}
     assert opcodes_of(Recorded()) == set(Opcode)
     wire, operations = FakeWire(), One()
-    attach(operations, wire, Wanted())  # type: ignore[arg-type]  # the part of a Wire that is used
+    attach(operations, wire, Wanted())
     assert wire.opcodes == {Opcode.LSEEK}
     assert wire.interrupt is None
 
 
 def test_a_read_of_a_real_handle_goes_to_the_operations() -> None:
     operations = Recorded()
-    attach(operations, FakeWire(), Wanted())  # type: ignore[arg-type]  # the part of a Wire that is used
+    attach(operations, FakeWire(), Wanted())
     assert trio.run(operations.read, 3, 0, 10) == b"plain"
 
 
 def test_interrupt_names_the_request_and_a_bug_in_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     wire, operations = FakeWire(), Recorded()
-    attach(operations, wire, Wanted())  # type: ignore[arg-type]  # the part of a Wire that is used
+    attach(operations, wire, Wanted())
     assert wire.interrupt(12) is False
     operations.answer = ValueError("bug")
     assert wire.interrupt(13) is False

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.view import View
-from pyoverlay.fuse.binding import Wire
+from pyoverlay.fuse.binding import Forgetting
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Ceiling:
     drops_names: on an older kernel too.
     """
 
-    def __init__(self, view: View, wire: Wire, limit: int, *, drops_names: bool = False) -> None:
+    def __init__(self, view: View, wire: Forgetting, limit: int, *, drops_names: bool = False) -> None:
         self._view = view
         self._wire = wire
         self._batch = max(_LEAST_BATCH, limit // 8)

@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from pyoverlay.fuse.binding import Wire, pyfuse3
+from pyoverlay.fuse.binding import Idle, Wire, pyfuse3
 
 SPIN = 60e-6
 """Seconds to poll before sleeping: longer than a client needs from a reply to its next request."""
@@ -74,7 +74,7 @@ class Turns:
 class WireDevice:
     """Waits for a device that the extension receives from."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Idle) -> None:
         self._is_idle = wire.is_idle
         self._turns = Turns()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
-from pyoverlay.fuse.binding import Wire, pyfuse3
+from pyoverlay.fuse.binding import Requests, pyfuse3
 from pyoverlay.fuse.capabilities import Wanted, init_reply
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def opcodes_of(operations: object) -> frozenset[Opcode]:
     return frozenset(Opcode(opcode) for opcode, (method, _) in _ANSWERS.items() if hasattr(operations, method))
 
 
-def attach(operations: pyfuse3.Operations, wire: Wire, wanted: Wanted) -> None:
+def attach(operations: pyfuse3.Operations, wire: Requests, wanted: Wanted) -> None:
     """Serve the extra opcodes of `operations`, and ask for `wanted` in INIT, in the session that `pyfuse3.init` begins next.
 
     `operations.read` is replaced on the object: a read of handle 0 is one of these opcodes. Every other handle that pyfuse3 passes to a
@@ -222,7 +222,7 @@ def attach(operations: pyfuse3.Operations, wire: Wire, wanted: Wanted) -> None:
     wire.serve(on_init, interrupt, opcodes_of(operations), plain, failed_page)
 
 
-async def _answer(operations: object, wire: Wire) -> bytes:
+async def _answer(operations: object, wire: Requests) -> bytes:
     """The body of the reply to the current request. FUSEError carries the errno; nothing else is raised but what ends the session."""
     number, _, node, uid, gid, pid, body = wire.whole_request()
     if number not in _ANSWERS:
