@@ -12,6 +12,7 @@ from pyoverlay.testing.mounts import (
     OverlayHungError,
     mounts_below,
     processes_marked,
+    rests,
 )
 from pyoverlay.testing.trees import (
     Device,
@@ -53,6 +54,7 @@ __all__ = [
     "make_tree",
     "mounts_below",
     "processes_marked",
+    "rests",
     "snapshot",
     "witness",
 ]

@@ -123,6 +123,24 @@ def wait_for_end(pids: Iterable[int], seconds: float) -> list[int]:
     return [pid for pid in pids if not _ends(pid, deadline)]
 
 
+def rests(pid: int, seconds: float) -> bool:
+    """Whether a process lets so much time pass without one of its threads having run, which takes none that polls.
+
+    Begins anew up to four times: what was asked of it last may leave something to do, of which nothing tells that it is done.
+    """
+    for _ in range(5):
+        before = _timeslices(pid)
+        select.select([], [], [], seconds)  # the one thing that only time shows
+        if _timeslices(pid) == before:
+            return True
+    return False
+
+
+def _timeslices(pid: int) -> dict[str, int]:
+    """How often each thread has been run: the third field of schedstat (Documentation/scheduler/sched-stats.rst)."""
+    return {task.name: int((task / "schedstat").read_text().split()[2]) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
 def _ends(pid: int, deadline: float) -> bool:
     try:
         pidfd = os.pidfd_open(pid)

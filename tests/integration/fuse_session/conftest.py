@@ -50,10 +50,6 @@ class Session:
         counts: dict[str, int] = self.tell("counts")[1]
         return counts
 
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     def end(self) -> int:
         """Unmount; the exit code of the process."""
         subprocess.run(["umount", self.mountpoint], check=True)

@@ -6,14 +6,13 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyoverlay.testing import Connection, mounts_below
+from pyoverlay.testing import Connection, mounts_below, rests
 
 LOOKUP, FORGET, READLINK, OPEN, READ, WRITE, GETXATTR, OPENDIR, BATCH_FORGET = 1, 2, 5, 14, 15, 16, 22, 27, 42
 pytestmark = [pytest.mark.root]
@@ -135,10 +134,7 @@ def test_an_idle_mount_uses_no_processor(session: SessionFactory, turned_off: di
     for i in range(50):
         (mounted.mountpoint / str(i)).write_bytes(b"busy")
     mounted.tell("waiting")
-    time.sleep(0.2)  # what the last request left to do has no event of its own
-    before = mounted.cpu_seconds()
-    time.sleep(3)  # the one thing that only time shows
-    assert mounted.cpu_seconds() == before
+    assert rests(mounted.process.pid, seconds=3)
 
 
 @pytest.mark.wire
