@@ -1,4 +1,6 @@
-"""The one thing pyproject.toml cannot say: the optional C extension. Everything else is there."""
+"""What pyproject.toml cannot say: the optional C extension, and the licence in a spelling that every setuptools takes. Everything else is
+there.
+"""
 
 from glob import glob
 
@@ -13,4 +15,9 @@ wire = Extension(
     py_limited_api=True,
     optional=True,  # without a compiler the mount still works, slower
 )
-setup(ext_modules=[wire], package_dir={"": "src"}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(
+    ext_modules=[wire],
+    package_dir={"": "src"},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    license="MIT",  # in pyproject.toml: as a string (PEP 639) 66 refuses it, as a table releases after February 2027 will
+)

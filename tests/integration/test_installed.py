@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,21 @@ def test_wheel_has_types_and_no_sources_of_the_extension(wheel_without_compiler:
     installed = {name for name in names if name.endswith((".py", ".pyi"))}
     sources = {str(path.relative_to(CHECKOUT / "src")) for path in (CHECKOUT / "src").rglob("*.py*") if path.suffix in {".py", ".pyi"}}
     assert installed == sources
+
+
+def test_source_distribution_has_the_repository(tmp_path: Path) -> None:
+    """Debian 12's setuptools left the headers out, without which the optional extension is silently not built; and the tests."""
+    copy, unwanted = tmp_path / "copy", ("*.so", "*.egg-info", "__pycache__", ".git", ".venvs", ".wheels", ".*_cache", ".hypothesis")
+    shutil.copytree(CHECKOUT, copy, ignore=shutil.ignore_patterns(*unwanted))
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], check=True, cwd=copy, capture_output=True, timeout=SECONDS)
+    (archive,) = tmp_path.glob("pyoverlay-*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    for directory in (".ci", "bench", "docs", "scripts", "src/pyoverlay", "tests"):
+        ours = {str(path.relative_to(copy)) for path in (copy / directory).rglob("*") if path.is_file()}
+        assert ours
+        assert ours - packed == set()
 
 
 def test_installation_needs_three_packages_and_no_more() -> None:
