@@ -1,4 +1,4 @@
-"""docs/writable-layer.md: every command on that page prints what the page says."""
+"""README.md and docs/writable-layer.md: every command that they show prints what they say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyoverlay.testing import mounts_below
 
 pytestmark = pytest.mark.root
 
-PAGE = Path(__file__).parents[2] / "docs" / "writable-layer.md"
+CHECKOUT = Path(__file__).parents[2]
 DEMO = "/srv/demo"
 
 
@@ -33,10 +33,10 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             subprocess.run(["umount", "-l", mount.mount_point], check=True)
 
 
-def steps() -> list[tuple[str, str]]:
-    """Each command of the page, and what it prints; of a Python program the command that writes it down."""
+def steps(page: Path) -> list[tuple[str, str]]:
+    """Each command of a page, and what it prints; of a Python program the command that writes it down."""
     found: list[tuple[str, str]] = []
-    for kind, block in re.findall(r"^```(console|python)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+    for kind, block in re.findall(r"^```(console|python)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         if kind == "python":
             found.append((f"cat > example.py <<'EOF'\n{block}EOF", ""))
         else:
@@ -52,9 +52,10 @@ def comparable(text: str) -> str:
     return re.sub(r" {2,}", "  ", text)
 
 
-def test_the_page_says_what_the_commands_print(demo: Path) -> None:
-    assert len(steps()) > 30
-    for command, output in steps():
+@pytest.mark.parametrize(("page", "least"), [("README.md", 8), ("docs/writable-layer.md", 30)])
+def test_the_page_says_what_the_commands_print(demo: Path, page: str, least: int) -> None:
+    assert len(steps(CHECKOUT / page)) > least
+    for command, output in steps(CHECKOUT / page):
         argv = ["sh", "-c", f"exec 2>&1; {command.replace(DEMO, str(demo))}"]
         result = subprocess.run(argv, check=False, cwd=demo, stdout=subprocess.PIPE, text=True, timeout=30)
         assert comparable(result.stdout.replace(str(demo), DEMO)) == comparable(output), command
