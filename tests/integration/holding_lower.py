@@ -1,11 +1,13 @@
 """`python holding_lower.py DIRECTORY MOUNT-POINT`: a directory, read-only, as a server shows it that can stop answering.
 
 Commands on standard input, each answered by a line `done`: `hold OPERATION` lets its requests wait from now on, `release` lets all go on.
-A request that begins to wait is told by a line `waits OPERATION`. No name, attribute or answer stays valid: all is asked anew each time.
+`spoil OFFSET` has every read of that byte fail, of whatever file. A request that begins to wait is told by a line `waits OPERATION`. No
+name, attribute or answer stays valid: all is asked anew each time.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -25,6 +27,7 @@ class HoldingDirectory(pyfuse3.Operations):
     def __init__(self, directory: str) -> None:
         super().__init__()
         self.held: set[str] = set()
+        self.spoilt = -1
         self.released = trio.Event()
         self._paths = {pyfuse3.ROOT_INODE: os.fsencode(directory)}
 
@@ -64,6 +67,8 @@ class HoldingDirectory(pyfuse3.Operations):
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         await self._pass("read")
+        if off <= self.spoilt < off + size:
+            raise pyfuse3.FUSEError(errno.EIO)
         return os.pread(fh, size, off)
 
     async def flush(self, fh: int) -> None:
@@ -112,7 +117,10 @@ def say(line: str) -> None:
 async def obey(operations: HoldingDirectory) -> None:
     async for line in trio.wrap_file(sys.stdin):
         command, *names = line.split()
-        operations.held = operations.held | set(names) if command == "hold" else set()
+        if command == "spoil":
+            operations.spoilt = int(names[0])
+        else:
+            operations.held = operations.held | set(names) if command == "hold" else set()
         if not operations.held:
             operations.released.set()
             operations.released = trio.Event()

@@ -354,6 +354,23 @@ def test_after_a_page_of_a_map_that_could_not_be_written_everybody_sees_what_is_
 
 
 @pytest.mark.parametrize("wire", [True, False], ids=["wire", "no-wire"])
+@pytest.mark.parametrize("options", WRITEBACK)
+@pytest.mark.root  # mounts a small file system
+def test_of_a_map_that_finds_room_for_a_part_the_rest_is_an_error(tmp_path: Path, options: tuple[str, ...], wire: bool) -> None:
+    """All of it is one WRITE, and of how much of that was written the kernel takes no notice."""
+    with extension(loaded=wire), small_upper(tmp_path, *options) as overlay:
+        with opened(overlay.merged / "f", os.O_RDWR | os.O_CREAT) as fd:
+            os.ftruncate(fd, 1 << 20)
+            (overlay.merged / "filler").write_bytes(b"x" * (3 << 19))
+            with mmap.mmap(fd, 1 << 20) as shared:
+                shared[:] = b"x" * len(shared)
+                with fails(errno.ENOSPC):
+                    shared.flush()
+        with opened(overlay.merged, os.O_RDONLY) as fd, fails(errno.ENOSPC):
+            syncfs(fd)  # so that `pyoverlay umount` need not say it once more
+
+
+@pytest.mark.parametrize("wire", [True, False], ids=["wire", "no-wire"])
 @pytest.mark.root  # mounts a small file system
 def test_after_a_write_that_failed_a_reader_sees_what_is_on_disk(tmp_path: Path, wire: bool) -> None:
     """The kernel had the page, and put the new bytes into it before it asked us."""

@@ -60,7 +60,7 @@ CASES = [
 class Hung:
     """`overlay` over `near`, an ordinary lower, and `far` below it, whose server can be held. Both have been looked at before."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *options: str) -> None:
         for name in ("disk", "far", "near", "upper", "merged"):
             (base / name).mkdir()
         make_tree(base / "disk", {
@@ -79,7 +79,7 @@ class Hung:
             text=True,
         )
         self._line()
-        self.overlay = Overlay((base / "near", base / "far"), base / "upper", base / "merged", ("-o", "stop_timeout=0.2"))
+        self.overlay = Overlay((base / "near", base / "far"), base / "upper", base / "merged", ("-o", "stop_timeout=0.2", *options))
         self.overlay.mount()
         self.merged = self.overlay.merged
         assert sorted(os.listdir(self.merged)) == ["far", "huge", "near"]
@@ -98,6 +98,9 @@ class Hung:
 
     def hold(self, *operations: str) -> None:
         self._tell(f"hold {' '.join(operations)}")
+
+    def spoil(self, offset: int) -> None:
+        self._tell(f"spoil {offset}")
 
     def release(self) -> None:
         self._tell("release")

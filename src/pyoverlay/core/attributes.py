@@ -98,10 +98,17 @@ def _refuse_private(upper: Upper, name: bytes) -> None:
 
 
 def write(view: View, inode: Inode, data: bytes, offset: int) -> int:
-    """pwrite(2) to an object of the upper. Returns the bytes written."""
+    """pwrite(2) to an object of the upper. Returns the bytes written.
+
+    Fewer than there are only past the end of the file, where write(2) is told of it. What lies within may be pages of a map, of which the
+    kernel takes no count: nobody would hear that the rest was not written.
+    """
     upper = view.upper
     upper.is_dirty = True
-    return upper.calls.pwrite(view.data_fd(inode, write=True), data, offset)
+    written = upper.calls.pwrite(view.data_fd(inode, write=True), data, offset)
+    if 0 < written < len(data) and offset + len(data) <= view.stat(inode).st_size:
+        written += write(view, inode, data[written:], offset + written)
+    return written
 
 
 def drop_privileges_of(view: View, inode: Inode) -> None:

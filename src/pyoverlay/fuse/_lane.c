@@ -51,8 +51,7 @@ struct job {
 	int device, fd;                      /* duplicates: neither Python nor an unmount can close them under a thread */
 	uint32_t opcode, size;               /* size: bytes; of an FSYNC, whether the data alone is wanted */
 	uint64_t unique, offset;
-	char *mem;                           /* of a WRITE: the whole request, whose data ends it */
-	const char *data;
+	char *mem;                           /* of a WRITE: the whole request */
 };
 
 struct queue {                               /* and the threads that serve it, which never end */
@@ -231,7 +230,7 @@ struct lane_counts lane_counts(void) { return counts; }
 
 /* ---- what a page held and could not be written ---- */
 
-static void (*tell_of_failure)(uint64_t node);
+static void (*_Atomic tell_of_failure)(uint64_t node);
 
 void lane_tell_of_failure(void (*tell)(uint64_t node)) { tell_of_failure = tell; }
 
@@ -240,9 +239,52 @@ void lane_failed(const char *mem)
 {
 	const struct in_header *head = (const void *)mem;
 	const struct write_in *in = (const void *)(head + 1);
+	void (*tell)(uint64_t node) = tell_of_failure;
 
-	if (tell_of_failure && in->write_flags & WRITE_CACHE)
-		tell_of_failure(head->nodeid);
+	if (tell && in->write_flags & WRITE_CACHE)
+		tell(head->nodeid);
+}
+
+/* ---- data ---- */
+
+/* The bytes read, up to the end of the file, or -errno. The kernel takes a short answer for that end, while a read may also be short of a page
+ * that cannot be read, or with RWF_NOWAIT of one that is not cached: so go on until nothing comes, or until a page is not whole. */
+static ssize_t read_all(int fd, char *data, size_t size, off_t offset, int flags)
+{
+	size_t done = 0;
+
+	while (done < size) {
+		struct iovec rest = { data + done, size - done };
+		ssize_t got = preadv2(fd, &rest, 1, offset + (off_t)done, flags);
+		if (got < 0)
+			return -errno;
+		done += (size_t)got;
+		if (got == 0 || (offset + (off_t)done) % PAGE)
+			break;
+	}
+	return (ssize_t)done;
+}
+
+/* The bytes written, or -errno. Who called write(2) is told how many they were. Of pages the kernel takes no count: all, or an error. */
+static ssize_t write_data(int fd, const struct write_in *in)
+{
+	const char *data = (const void *)(in + 1);
+	size_t done = 0;
+
+	for (;;) {
+		ssize_t put = pwrite(fd, data + done, in->size - done, (off_t)(in->offset + done));
+		if (put < 0)
+			return -errno;
+		done += (size_t)put;
+		if (done == in->size || put == 0 || !(in->write_flags & WRITE_CACHE))
+			return (ssize_t)done;
+	}
+}
+
+static void reply_written(int device, uint64_t unique, ssize_t put)
+{
+	uint32_t written[2] = { put < 0 ? 0 : (uint32_t)put, 0 };
+	reply_to(device, unique, put < 0 ? (int)-put : 0, written, put < 0 ? 0 : sizeof written);
 }
 
 /* ---- the threads ---- */
@@ -256,13 +298,12 @@ static void finish(struct job *j)
 		reply_to(j->device, j->unique, n < 0 ? errno : 0, NULL, 0);
 	} else if (j->opcode == OP_READ) {
 		char *data = malloc(j->size ? j->size : 1);
-		n = data ? pread(j->fd, data, j->size, (off_t)j->offset) : -1;
-		reply_to(j->device, j->unique, n < 0 ? errno : 0, data, n < 0 ? 0 : (size_t)n);
+		n = data ? read_all(j->fd, data, j->size, (off_t)j->offset, 0) : -ENOMEM;
+		reply_to(j->device, j->unique, n < 0 ? (int)-n : 0, data, n < 0 ? 0 : (size_t)n);
 		free(data);
 	} else {
-		n = pwrite(j->fd, j->data, j->size, (off_t)j->offset);
-		uint32_t written[2] = { n < 0 ? 0 : (uint32_t)n, 0 };
-		reply_to(j->device, j->unique, n < 0 ? errno : 0, written, n < 0 ? 0 : sizeof written);
+		n = write_data(j->fd, (const void *)(j->mem + sizeof(struct in_header)));
+		reply_written(j->device, j->unique, n);
 		if (n < 0)
 			lane_failed(j->mem);
 		pthread_mutex_lock(&queue_lock);
@@ -315,15 +356,6 @@ static bool start_thread(struct queue *q)
 	return started;
 }
 
-static void drop(struct job *j)
-{
-	if (j->fd >= 0)
-		close(j->fd);
-	if (j->device >= 0)
-		close(j->device);
-	free(j);
-}
-
 /* With queue_lock held. A server's queue is made when it is first used; NULL: no memory for it. */
 static struct queue *queue_of(unsigned server)
 {
@@ -342,94 +374,104 @@ static struct queue *queue_of(unsigned server)
 	return q->next = fresh;
 }
 
-/* False: no memory, descriptor or thread is to be had, or too much is queued. */
-static bool give(struct job *j, unsigned server)
+/* A queue that takes one job more, with a thread to do it; NULL: no memory or thread is to be had, or too much is queued. What it says holds
+ * until the next job is given, since the receiver alone gives any. */
+static struct queue *ready_queue(unsigned server, size_t bytes)
 {
-	size_t bytes = j->data ? j->size : 0;
-
 	pthread_mutex_lock(&queue_lock);
 	struct queue *q = queue_of(server);
-	bool ready = q && j->device >= 0 && j->fd >= 0 && (!bytes || queued_bytes + bytes <= QUEUED_BYTES)
-		&& (q->idle_threads > q->jobs || q->threads == THREADS || start_thread(q) || q->threads);
-	if (ready) {
-		*q->tail = j;
-		q->tail = &j->next;
-		q->jobs++;
-		queued_bytes += bytes;
-		pthread_cond_signal(&q->filled);
-	}
+	if (q && ((bytes && queued_bytes + bytes > QUEUED_BYTES)
+			|| !(q->idle_threads > q->jobs || q->threads == THREADS || start_thread(q) || q->threads)))
+		q = NULL;
 	pthread_mutex_unlock(&queue_lock);
-	return ready;
+	return q;
 }
 
-/* False: no memory, descriptor or thread is to be had, and nothing was queued. A WRITE's buffer goes with the job. */
-static bool enqueue(int device, int fd, unsigned server, struct request *r, uint64_t offset, uint32_t size, const char *data)
+static void give(struct queue *q, struct job *j)
+{
+	pthread_mutex_lock(&queue_lock);
+	*q->tail = j;
+	q->tail = &j->next;
+	q->jobs++;
+	queued_bytes += j->mem ? j->size : 0;
+	pthread_cond_signal(&q->filled);
+	pthread_mutex_unlock(&queue_lock);
+}
+
+/* A job with a device of its own; NULL: no memory or descriptor is to be had. */
+static struct job *new_job(int device, const struct request *r)
 {
 	struct job *j = malloc(sizeof *j);
 
 	if (!j)
-		return false;
-	*j = (struct job){ .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = fcntl(fd, F_DUPFD_CLOEXEC, 3), .opcode = header_of(r)->opcode,
-		.size = size, .unique = header_of(r)->unique, .offset = offset, .data = data, .mem = data ? r->mem : NULL };
-	if (!give(j, server)) {
-		drop(j);
+		return NULL;
+	*j = (struct job){ .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = -1, .opcode = header_of(r)->opcode, .unique = header_of(r)->unique };
+	if (j->device >= 0)
+		return j;
+	free(j);
+	return NULL;
+}
+
+/* False: no memory, descriptor or thread is to be had, and nothing was queued. A WRITE's buffer goes with the job, and another takes its
+ * place. The descriptor is duplicated last: to close it could mean to wait for the server. */
+static bool enqueue(int device, int fd, unsigned server, struct request *r, uint64_t offset, uint32_t size)
+{
+	bool is_write = header_of(r)->opcode == OP_WRITE;
+	struct queue *q = ready_queue(server, is_write ? size : 0);
+	struct job *j = q ? new_job(device, r) : NULL;
+	char *next = is_write && j ? new_buffer(r->capacity) : NULL;
+
+	if (j && (next || !is_write))
+		j->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	if (!j || j->fd < 0) {
+		free(next);
+		if (j)
+			close(j->device);
+		free(j);
 		return false;
 	}
-	if (data)
-		r->mem = NULL;
+	j->size = size;
+	j->offset = offset;
+	if (is_write) {
+		j->mem = r->mem;
+		r->mem = next;
+	}
+	give(q, j);
 	return true;
 }
 
 void lane_sync(int device, const struct request *r, int fd)
 {
-	const struct in_header *head = header_of(r);
 	uint32_t flags;
-	struct job sync = { .device = fcntl(device, F_DUPFD_CLOEXEC, 3), .fd = fd, .opcode = OP_FSYNC, .unique = head->unique }, *j;
+	struct queue *q = ready_queue(0, 0);
+	struct job *j = q ? new_job(device, r) : NULL;
 
 	memcpy(&flags, body_of(r) + sizeof(uint64_t), sizeof flags);
-	sync.size = flags & FSYNC_DATA_ONLY;
-	if ((j = malloc(sizeof *j))) {
-		*j = sync;
-		if (give(j, 0))
-			return;
-		free(j);
+	flags &= FSYNC_DATA_ONLY;
+	if (j) {
+		j->opcode = OP_FSYNC;        /* of a directory too */
+		j->fd = fd;
+		j->size = flags;
+		give(q, j);
+		return;
 	}
-	int result = sync.size ? fdatasync(fd) : fsync(fd);
-	reply_to(device, head->unique, result < 0 ? errno : 0, NULL, 0);
+	int result = flags ? fdatasync(fd) : fsync(fd);
+	reply_to(device, header_of(r)->unique, result < 0 ? errno : 0, NULL, 0);
 	close(fd);
-	if (sync.device >= 0)
-		close(sync.device);
 }
 
 /* ---- the requests ---- */
 
-/* The bytes read, up to the end of the file, or -errno; -EAGAIN if that needs a disk. Short answers of RWF_NOWAIT may only mean that the
- * next page is not cached, while a short answer to the kernel means the end of the file: so go on until nothing comes, or until a page is
- * not whole. */
+/* As read_all; -EAGAIN if that needs a disk. */
 static ssize_t read_cached(struct node *n, char *data, size_t size, off_t offset)
 {
-	size_t done = 0;
-
-	if (n->flags & NO_NOWAIT) {
-		if (!(n->flags & IN_MEMORY))
-			return -EAGAIN;
-		ssize_t all = pread(n->read_fd, data, size, offset);
-		return all < 0 ? -errno : all;
+	if (!(n->flags & NO_NOWAIT)) {
+		ssize_t got = read_all(n->read_fd, data, size, offset, RWF_NOWAIT);
+		if (got != -EOPNOTSUPP && got != -ENOSYS)
+			return got;
+		n->flags |= NO_NOWAIT;
 	}
-	while (done < size) {
-		struct iovec iov = { data + done, size - done };
-		ssize_t got = preadv2(n->read_fd, &iov, 1, offset + (off_t)done, RWF_NOWAIT);
-		if (got == 0 || (got > 0 && (offset + (off_t)done + got) % PAGE))
-			return (ssize_t)done + got;
-		if (got < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
-			n->flags |= NO_NOWAIT;
-			return read_cached(n, data, size, offset);
-		}
-		if (got < 0)
-			return -errno;
-		done += (size_t)got;
-	}
-	return (ssize_t)done;
+	return n->flags & IN_MEMORY ? read_all(n->read_fd, data, size, offset, 0) : -EAGAIN;
 }
 
 static bool is_nobody_waiting(int device)
@@ -445,11 +487,11 @@ static ssize_t read_uncached(int device, const struct node *n, char *data, size_
 
 	if (!(n->flags & ON_DISK) || begin < slow_reads_until || !is_nobody_waiting(device))
 		return -EAGAIN;
-	ssize_t got = pread(n->read_fd, data, size, offset);
+	ssize_t got = read_all(n->read_fd, data, size, offset, 0);
 	double end = monotonic_us();
 	if (end - begin > SLOW_READ)
 		slow_reads_until = end + PRESSURE;
-	return got < 0 ? -errno : got;
+	return got;
 }
 
 static bool answer_read(int device, struct request *r, struct node *n)
@@ -465,7 +507,7 @@ static bool answer_read(int device, struct request *r, struct node *n)
 	if (got == -EBADF)
 		return false;                /* Python has another way to the file, or the right error */
 	if (got == -EAGAIN) {
-		if (!enqueue(device, n->read_fd, n->server, r, in->offset, in->size, NULL))
+		if (!enqueue(device, n->read_fd, n->server, r, in->offset, in->size))
 			return false;
 		counts.queued_reads++;
 		return true;
@@ -486,19 +528,17 @@ static bool must_strip(int fd, const struct write_in *in)
 static bool answer_write(int device, struct request *r, struct node *n)
 {
 	const struct write_in *in = (const void *)body_of(r);
-	const char *data = (const char *)(in + 1);
 
 	if (n->write_fd < 0 || body_size(r) < sizeof *in || body_size(r) - sizeof *in != in->size || must_strip(n->write_fd, in))
 		return false;
 	double begin = monotonic_us();
-	if (begin < pressure_until && enqueue(device, n->write_fd, 0, r, in->offset, in->size, data)) {
+	if (begin < pressure_until && enqueue(device, n->write_fd, 0, r, in->offset, in->size)) {
 		counts.queued_writes++;
 	} else {
-		ssize_t put = pwrite(n->write_fd, data, in->size, (off_t)in->offset);
-		if (put < 0 && errno == EBADF)
+		ssize_t put = write_data(n->write_fd, in);
+		if (put == -EBADF)
 			return false;
-		uint32_t written[2] = { put < 0 ? 0 : (uint32_t)put, 0 };
-		reply_to(device, header_of(r)->unique, put < 0 ? errno : 0, written, put < 0 ? 0 : sizeof written);
+		reply_written(device, header_of(r)->unique, put);
 		double end = monotonic_us();
 		if (put < 0)
 			lane_failed(r->mem);

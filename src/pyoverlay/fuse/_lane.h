@@ -9,15 +9,20 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/stat.h>
 
 #include "_protocol.h"
 
-/* A request as it was read: its header and body lie at mem, size bytes; the buffer holds capacity. */
+enum { ZEROED = 256 };                       /* bytes behind a request: a name that lost its NUL ends there */
+
+/* A request as it was read: its header and body lie at mem, size bytes; the buffer holds capacity, and the zeros. */
 struct request {
 	char *mem;
 	size_t size, capacity;
 };
+
+static inline char *new_buffer(size_t capacity) { return malloc(capacity + ZEROED); }
 
 static inline const struct in_header *header_of(const struct request *r) { return (const struct in_header *)(const void *)r->mem; }
 static inline char *body_of(const struct request *r) { return r->mem + sizeof(struct in_header); }
@@ -49,7 +54,7 @@ void lane_clear(void);
 size_t lane_nodes(void);
 struct lane_counts lane_counts(void);
 
-/* Takes the lock itself. True if the request is answered, or will be; r->mem is NULL if its buffer went with it. */
+/* Takes the lock itself. True if the request is answered, or will be; r->mem is another buffer if its own went with it. */
 bool lane_answer(int device, struct request *r);
 
 /* Who is told of each node of which a dirty page could not be written, on whatever thread; NULL: nobody. */

@@ -57,7 +57,6 @@ enum {
 	FIRST_CAPACITY = 128 << 10,          /* until INIT says how long a WRITE can be; the kernel refuses to fill less than 8 KiB */
 	MOST_CAPACITY = 64 << 20,
 	SLACK = 8192,                        /* headers, and the page the lane leaves free before its data */
-	ZEROED = 256,                        /* after a request: a name that lost its NUL ends there */
 	BODY_SHOWN = 128,
 	FATTR_FH = 1 << 6,
 };
@@ -162,7 +161,7 @@ static bool prepare(int device)
 	}
 	if (!wire.now.mem || wire.now.capacity < wire.wanted_capacity) {
 		free(wire.now.mem);
-		wire.now = (struct request){ malloc(wire.wanted_capacity + ZEROED), 0, wire.wanted_capacity };
+		wire.now = (struct request){ new_buffer(wire.wanted_capacity), 0, wire.wanted_capacity };
 	}
 	wire.active = true;
 	return wire.now.mem != NULL;
@@ -273,8 +272,6 @@ static ssize_t receive(int device)
 		if (!answer(device))
 			return n;
 		wire.now.size = 0;
-		if (!wire.now.mem && !(wire.now.mem = malloc(wire.now.capacity + ZEROED)))
-			return -ENOMEM;
 		if (wire.last_request - begin > (wire.held ? HELD_TURN : TURN))
 			return -EINTR;
 	}
@@ -464,6 +461,7 @@ void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *bu
 
 void fuse_session_destroy(struct fuse_session *se)
 {
+	lane_tell_of_failure(NULL);
 	lane_lock();
 	lane_clear();
 	lane_unlock();

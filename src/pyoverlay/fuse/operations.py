@@ -38,6 +38,7 @@ from pyoverlay.fuse.detaching import UnderWay
 log = logging.getLogger(__name__)
 
 FOREVER = 1e9  # seconds that the kernel may believe an answer: this mount is the only writer
+_PAGE = 4096  # or a multiple of it
 
 
 class Requester(Protocol):
@@ -54,6 +55,22 @@ class Requester(Protocol):
 def blocks(st: Stat) -> int:
     """Delayed allocation, or data that only the page cache has yet: with 0 blocks `tar -S` would take the file for one hole."""
     return max(st.st_blocks, 1) if st.st_size and stat.S_ISREG(st.st_mode) else st.st_blocks
+
+
+def _read_all(fd: int, offset: int, size: int, flags: int = 0) -> bytearray:
+    """So many bytes, or up to the end of the file, by preadv2(2) with `flags`.
+
+    The kernel takes a short answer for that end. A read may also be short of a page that cannot be read, or with RWF_NOWAIT of one that is
+    not cached; then the next one says so.
+    """
+    data = bytearray(size)
+    filled = 0
+    while filled < size:
+        got = os.preadv(fd, [memoryview(data)[filled:]], offset + filled, flags)
+        filled += got
+        if not got or (offset + filled) % _PAGE:
+            break
+    return data if filled == size else data[:filled]
 
 
 T = TypeVar("T")
@@ -337,33 +354,26 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=entry.st_ino, keep_cache=True), entry
 
     @handler
-    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:
+    async def read(self, fh: int, off: int, size: int) -> bytearray:
         inode = self.view.inode(fh)
         fd = self.view.data_fd(inode)
         if (remote := self.view.remote_data(inode)) is not None:
-            found: bytes = await self.asking.send(Errand(remote, lambda own_fd: os.pread(own_fd, size, off), fd))
+            found: bytearray = await self.asking.send(Errand(remote, lambda own_fd: _read_all(own_fd, off, size), fd))
             return found
-        data = bytearray(size)
-        filled = 0
         try:
-            while filled < size:
-                got = os.preadv(fd, [memoryview(data)[filled:]], off + filled, os.RWF_NOWAIT)
-                if not got:
-                    break
-                filled += got
+            return _read_all(fd, off, size, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise
             if self.view.is_memory(inode):
-                return os.pread(fd, size, off)  # tmpfs knows no RWF_NOWAIT and never waits
+                return _read_all(fd, off, size)  # tmpfs knows no RWF_NOWAIT and never waits
             return await self._read_from_disk(inode, fd, off, size)
-        return data if filled == size else data[:filled]
 
-    async def _read_from_disk(self, inode: Inode, fd: int, off: int, size: int) -> bytes:
+    async def _read_from_disk(self, inode: Inode, fd: int, off: int, size: int) -> bytearray:
         """In a thread: one cold page or one slow server must not stop everybody."""
         inode.pins += 1
         try:
-            return await self._in_thread(os.pread, fd, size, off)
+            return await self._in_thread(_read_all, fd, off, size)
         finally:
             inode.pins -= 1
 

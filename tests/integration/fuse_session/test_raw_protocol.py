@@ -3,6 +3,8 @@
 libfuse takes `/dev/fd/N` for a device that is mounted already; here N is a socket.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import random
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.wire]
 GETATTR, SETATTR, READ, WRITE, GETXATTR, INIT, INTERRUPT, IOCTL = 3, 4, 15, 16, 22, 26, 36, 39
 EVERYTHING = (1 << 43) - 1 & ~InitFlag.OVER_IO_URING
 FILE = 7
+WRITE_CACHE = 1  # FUSE_WRITE_CACHE
 
 SERVER = """
 import errno, os, sys, tempfile
@@ -103,15 +106,20 @@ class Kernel:
         self.socket.close()
         return self.server.wait(timeout=10)
 
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.socket.close()
+        if self.server.poll() is None:
+            self.server.kill()
+        self.server.wait(timeout=10)
+
 
 @pytest.fixture
 def kernel() -> Iterator[Kernel]:
-    made = Kernel()
-    yield made
-    made.socket.close()
-    if made.server.poll() is None:
-        made.server.kill()
-    made.server.wait(timeout=10)
+    with Kernel() as made:
+        yield made
 
 
 UNCACHED = """
@@ -151,6 +159,26 @@ def test_a_disk_is_waited_for_by_the_receiver_while_nobody_else_asks(tmp_path: P
         kernel.server.send_signal(signal.SIGCONT)
         assert [kernel.receive()[1:] for _ in range(together)] == [(0, b"lane")] * together
         assert kernel.end() == counted
+
+
+LIMITED = UNCACHED.replace("wire.lane(7, file, -1, -1, waits)", """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+wire.lane(7, file, file)
+""")
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"), [(0, (0, struct.pack("<II", 65536, 0))), (WRITE_CACHE, (errno.EFBIG, b""))], ids=["write", "page"]
+)
+def test_write_2_is_told_how_much_there_was_room_for_and_a_page_that_there_was_not(
+    tmp_path: Path, flags: int, answer: tuple[int, bytes]
+) -> None:
+    """Of the pages of a map the kernel takes no count: they are clean when the answer is no error."""
+    with (tmp_path / "file").open("w+b") as file, Kernel(LIMITED, file.fileno(), 0) as kernel:
+        kernel.init()
+        assert kernel.ask(WRITE, struct.pack("<QQIIQII", 0, 0, 100_000, flags, 0, 0, 0) + bytes(100_000), FILE) == answer
+        assert kernel.end() == 0
 
 
 LATENCY = UNCACHED.replace("wire.lane(7, file, -1, -1, waits)", "wire.latency(file)").replace("raise SystemExit", "counts and")
