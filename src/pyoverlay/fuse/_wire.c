@@ -277,20 +277,19 @@ static ssize_t receive(int device)
 	}
 }
 
-/* True if Python has dealt with it and libfuse, which never saw the request it is about, should not. */
-static bool interrupted(const char *body, size_t size)
+/* libfuse is not told: pyfuse3 gives it nothing to call, and it would keep the message of each request that never was, or no longer is, its
+ * own, to ask for it once more. By then the request has been read, since messages are read one after the other. */
+static void interrupted(const char *body, size_t size)
 {
 	uint64_t unique;
 
 	if (!wire.on_interrupt || size < sizeof unique)
-		return false;
+		return;
 	memcpy(&unique, body, sizeof unique);
 	PyObject *done = PyObject_CallFunction(wire.on_interrupt, "K", (unsigned long long)unique);
 	if (!done)
 		PyErr_WriteUnraisable(wire.on_interrupt);
-	bool is_ours = done && PyObject_IsTrue(done) == 1;
 	Py_XDECREF(done);
-	return is_ours;
 }
 
 /* The mount is gone: nobody waits for what is under way. */
@@ -434,8 +433,10 @@ static void process(struct fuse_session *se, const struct fuse_buf *buf)
 
 	if (head->opcode == OP_INIT && wire.on_init && answer_init(se, buf))
 		return;
-	if (head->opcode == OP_INTERRUPT && interrupted(body, size))
+	if (head->opcode == OP_INTERRUPT) {
+		interrupted(body, size);
 		return;
+	}
 	if (head->opcode < OPCODES && wire.is_extra[head->opcode]) {
 		process_as_read(se, head);
 		return;

@@ -24,7 +24,7 @@ class LaneCounts(TypedDict):
 
 def serve(
     init: Callable[[bytes, bytes], bytes] | None,
-    interrupt: Callable[[int], bool] | None,
+    interrupt: Callable[[int], None] | None,
     opcodes: Iterable[int],
     direct: dict[int, Callable[..., Any]] = ...,
     failed_page: Callable[[int], None] | None = ...,
@@ -33,8 +33,7 @@ def serve(
     """Say what Python wants of the next session, before it is mounted; forgotten when pyfuse3 closes it.
 
     `init` gets INIT as the kernel sent it and the reply of libfuse, both with their headers, and returns the reply that is sent.
-    `interrupt` gets the `unique` of a request whose caller has been killed; True keeps the message from libfuse. It gets 0 when the mount
-    is gone.
+    `interrupt` gets the `unique` of a request whose caller had a signal, and 0 when the mount is gone. libfuse does not hear of it.
     A request whose opcode is in `opcodes` calls pyfuse3's `read(fh=0, off=0, size=0)`: the handler finds the real one by
     `whole_request()`, and what it returns is the body of the reply. ValueError: an opcode below 0 or above 63.
     `direct` has a function for each opcode that is answered by a plain call, on the thread that receives, before pyfuse3 sees it; it gets

@@ -33,7 +33,7 @@ class Requests(Protocol):
     def serve(
         self,
         init: Callable[[bytes, bytes], bytes] | None,
-        interrupt: Callable[[int], bool] | None,
+        interrupt: Callable[[int], None] | None,
         opcodes: Iterable[int],
         direct: dict[int, Callable[..., Any]] = ...,
         failed_page: Callable[[int], None] | None = ...,

@@ -241,13 +241,11 @@ async def _answer(operations: object, wire: Requests) -> bytes:
         raise pyfuse3.FUSEError(errno.EIO) from None
 
 
-def _interrupt(operations: Any, unique: int) -> bool:
-    """libfuse hears of it too: it is the one that keeps the list of requests."""
+def _interrupt(operations: Any, unique: int) -> None:
     try:
         operations.interrupt(unique)
     except Exception:  # the extension calls this, and has nobody to raise to
         log.exception("INTERRUPT of request %d failed", unique)
-    return False
 
 
 def pack_entry(entry: pyfuse3.EntryAttributes) -> bytes:
