@@ -76,6 +76,11 @@ def test_max_write_stays_libfuses_and_pages_follow_it() -> None:
     assert reply["pages"] == 256
 
 
+def test_no_write_is_longer_than_a_mebibyte_whatever_libfuse_has_room_for() -> None:
+    reply = fields(init_reply(init_request(), init_answer(max_write=65535 * 4096), Wanted()))
+    assert (reply["max_write"], reply["pages"]) == (1 << 20, 256)
+
+
 def test_high_flags_need_init_ext() -> None:
     without = init_request(InitFlag.DONT_MASK | InitFlag.DIRECT_IO_ALLOW_MMAP)
     assert offered(without) == InitFlag.DONT_MASK

@@ -2,7 +2,7 @@
 
 libfuse has answered already, for the capabilities that pyfuse3 can ask for; `init_reply` changes that answer. The rule is that libfuse goes
 on to parse every later message, so a flag that changes the layout of a message it parses, or needs a feature of libfuse, is never set
-here. `max_write` stays libfuse's for the same reason: it has laid out its buffers by it.
+here. `max_write` is never more than libfuse's for the same reason: it has laid out its buffers by it.
 
     request   in_header (40 bytes)    major minor max_readahead flags flags2 ...
     reply     out_header (16 bytes)   major minor max_readahead flags max_background congestion_threshold max_write time_gran
@@ -20,6 +20,9 @@ _REQUEST_FLAGS2 = struct.Struct("<56xI")
 _REPLY_ERROR = struct.Struct("<4xi8x")
 _REPLY = struct.Struct("<16x4I2H2I2HI")
 _PAGE = 4096
+_MOST_WRITE = 1 << 20
+"""Bytes of a WRITE, a READ or a listing. Where fs.fuse.max_pages_limit is raised a later libfuse asks for up to 256 MiB, and each buffer
+has to hold one."""
 
 
 class InitFlag(IntFlag):
@@ -107,6 +110,7 @@ def init_reply(request: bytes, reply: bytes, wanted: Wanted) -> bytes:
     if len(reply) < _REPLY.size or _REPLY_ERROR.unpack_from(reply)[0] != 0 or len(request) < _REQUEST.size:
         return reply
     major, minor, readahead, _, _, _, max_write, time_gran, pages, alignment, _ = _REPLY.unpack_from(reply)
+    max_write = min(max_write, _MOST_WRITE)
     flags = _decide(offered(request), agreed(reply), wanted)
     if flags & InitFlag.MAX_PAGES:
         pages = -(-max_write // _PAGE)
