@@ -116,11 +116,12 @@ static enum outcome read_xattr(struct job *j, const char *name)
 
 static enum outcome read_xattrs(struct job *j)
 {
-	char names[NAMES_ROOM];
-	ssize_t size = may_call("flistxattr") ? flistxattr(j->source_fd, names, sizeof names) : -1;
+	char names[NAMES_ROOM + 1];
+	ssize_t size = may_call("flistxattr") ? flistxattr(j->source_fd, names, NAMES_ROOM) : -1;
 
 	if (size < 0)
 		return errno == EOPNOTSUPP ? DONE : errno == ERANGE ? DECLINED : FAILED;
+	names[size] = '\0';                  /* a list whose server left out the last one ends here */
 	for (const char *name = names; name < names + size; name += strlen(name) + 1) {
 		if (is_mark(j, name)) {
 			if (strcmp(name + strlen(j->mark_prefix), "metacopy") == 0)

@@ -346,7 +346,7 @@ static ssize_t ask(const struct question *q, void *value, size_t size)
 	return ask_by_path(q, value, size);
 }
 
-/* The answer, in `first` or in memory to be freed; its length or -errno. */
+/* The answer and a NUL, in `first` or in memory to be freed; its length or -errno. */
 static ssize_t whole_answer(const struct question *q, char *first, char **answer)
 {
 	ssize_t length;
@@ -354,16 +354,18 @@ static ssize_t whole_answer(const struct question *q, char *first, char **answer
 	*answer = first;
 	Py_BEGIN_ALLOW_THREADS
 	length = ask(q, first, FIRST_ROOM);
-	if (length < 0 && errno == ERANGE && (*answer = malloc(XATTR_SIZE_MAX)))
+	if (length < 0 && errno == ERANGE && (*answer = malloc(XATTR_SIZE_MAX + 1)))
 		length = ask(q, *answer, XATTR_SIZE_MAX);
 	length = length < 0 ? -errno : length;
 	Py_END_ALLOW_THREADS
+	if (length >= 0)
+		(*answer)[length] = '\0';   /* a list whose server left out the last one ends here */
 	return length;
 }
 
 static PyObject *answer_of(const struct question *q, bool is_none_without, PyObject *(*made)(const char *, Py_ssize_t))
 {
-	char first[FIRST_ROOM], *answer;
+	char first[FIRST_ROOM + 1], *answer;
 	ssize_t length = whole_answer(q, first, &answer);
 	PyObject *result = NULL;
 
