@@ -19,7 +19,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -121,12 +121,38 @@ def own_directory() -> str:
 
 
 def readable_directories() -> list[str]:
-    """Every directory of records that this user may read: for root also those of other users."""
+    """Every directory of records that this user may read: for root also those of other users.
+
+    A user's own may be two: a mount that was made outside of a session is listed elsewhere than those that were made in it.
+    """
     own = own_directory()
-    if os.geteuid() != 0 or "PYOVERLAY_RUNTIME_DIR" in os.environ:
+    if "PYOVERLAY_RUNTIME_DIR" in os.environ:
         return [own]
-    others = [*glob.glob("/run/user/*/pyoverlay"), *glob.glob("/tmp/pyoverlay-*")]
-    return [own, *(other for other in others if other != own and os.path.isdir(other) and not os.path.islink(other))]
+    if os.geteuid() != 0:
+        others = [f"/run/user/{os.geteuid()}/pyoverlay", f"/tmp/pyoverlay-{os.geteuid()}"]
+    else:
+        others = [*glob.glob("/run/user/*/pyoverlay"), *glob.glob("/tmp/pyoverlay-*")]
+    return [own, *(other for other in others if other != own)]
+
+
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A descriptor of one of these directories. FileNotFoundError, PermissionError: there is none, or not for this user.
+
+    What is read and removed in it is named by this descriptor: its owner may put a symlink in its place at any time, and root looks in.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise FileNotFoundError(errno.ENOENT, "no directory", path) from error
+        raise
+    try:
+        if os.geteuid() not in (0, os.fstat(fd).st_uid):
+            raise PermissionError(errno.EPERM, "belongs to another user", path)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def open_directory() -> int:
@@ -152,9 +178,13 @@ def write(directory: int, record: Record) -> None:
     content = json.dumps(_texts(record)).encode()
     temporary = f".{record.id}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
-    with open(fd, "wb") as file:
-        file.write(content)
-    os.rename(temporary, record.id + SUFFIX, src_dir_fd=directory, dst_dir_fd=directory)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+        os.rename(temporary, record.id + SUFFIX, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        os.unlink(temporary, dir_fd=directory)
+        raise
 
 
 def remove(directory: int, record: Record) -> None:
@@ -170,51 +200,52 @@ def leave_failure(directory: int, record: Record, failure: str) -> None:
 
 def records() -> list[Record]:
     """The records of every directory this user may read, oldest first, stale ones among them."""
-    found = [record for path in readable_directories() for record in _in_directory(path)]
+    found: list[Record] = []
+    for directory in _directories():
+        found.extend(_in_directory(directory))
     return sorted(found, key=lambda record: record.started)
 
 
 def live() -> list[Record]:
     """The records whose daemon runs. Stale ones without a failure to report are cleared away, where this user may."""
     alive = []
-    for path in readable_directories():
-        for record in _in_directory(path):
-            if record.is_alive:
-                alive.append(record)
-            elif record.failure is None:
-                forget(path, record)
-    return sorted(alive, key=lambda record: record.started)
-
-
-def forget(path: str, record: Record) -> None:
-    """Remove a record whose daemon is gone from the directory at `path`."""
-    for suffix in (SUFFIX, SOCKET_SUFFIX):
-        with suppress(FileNotFoundError, PermissionError):
-            os.unlink(f"{path}/{record.id}{suffix}")
+    for record in records():
+        if record.is_alive:
+            alive.append(record)
+        elif record.failure is None:
+            clear(record)
+    return alive
 
 
 def clear(record: Record) -> None:
-    """Remove the record of a daemon that is gone, wherever it lies."""
+    """Remove the record of a daemon that is gone, wherever it lies. Another user's, who may have given any id, takes no other with it."""
+    for directory in _directories():
+        for suffix in (SUFFIX, SOCKET_SUFFIX):
+            with suppress(FileNotFoundError, PermissionError):
+                name = record.id + suffix
+                if record.owner in (None, os.stat(name, dir_fd=directory, follow_symlinks=False).st_uid):
+                    os.unlink(name, dir_fd=directory)
+
+
+def _directories() -> Iterator[int]:
+    """Descriptors of `readable_directories`, each closed when the next is asked for."""
     for path in readable_directories():
-        forget(path, record)
+        with suppress(FileNotFoundError, PermissionError), opened(path) as directory:
+            yield directory
 
 
-def _in_directory(path: str) -> Iterator[Record]:
-    try:
-        names = os.listdir(path)
-    except (FileNotFoundError, PermissionError):
-        return
-    for name in names:
+def _in_directory(directory: int) -> Iterator[Record]:
+    for name in os.listdir(directory):
         # FileNotFoundError: its daemon ended meanwhile. The others: no record, or one of a release that wrote less.
         if _IS_RECORD.fullmatch(name):
             with suppress(FileNotFoundError, PermissionError, ValueError, KeyError, TypeError):
-                yield _read(f"{path}/{name}", name.removesuffix(SUFFIX))
+                yield _read(directory, name)
 
 
-def _read(path: str, name: str) -> Record:
+def _read(directory: int, name: str) -> Record:
     """The record in a file. Another user's directory may hold anything, and root reads it: ValueError for what is no record."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
             raise ValueError("no record") from error
@@ -225,7 +256,7 @@ def _read(path: str, name: str) -> Record:
             raise ValueError("no record")
         record = _record(json.load(file))
     numbers = (record.pid, record.start_time, record.started)
-    if record.id != name or not all(type(number) in (int, float) for number in numbers) or record.pid <= 0:
+    if record.id != name.removesuffix(SUFFIX) or not all(type(number) in (int, float) for number in numbers) or record.pid <= 0:
         raise ValueError("no record")
     return replace(record, owner=status.st_uid)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,3 +218,56 @@ def test_a_fifo_in_the_place_of_a_record_holds_nobody_up(directory: Path) -> Non
 def test_a_record_knows_whose_it_is(directory: Path) -> None:
     written(of_this_process())
     assert registry.records()[0].owner == os.geteuid()
+
+
+def test_a_directory_that_becomes_a_symlink_leads_nowhere(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root clears stale records of other users away: one of these could have had it remove a file of such a name anywhere."""
+    pid, start_time = ended_process()
+    stale = written(record(pid, start_time))
+    victim = tmp_path / "victim" / f"{stale.id}.json"
+    victim.parent.mkdir()
+    victim.touch()
+
+    def swap(pid: int) -> None:
+        if not directory.is_symlink():
+            directory.rename(tmp_path / "aside")
+            directory.symlink_to(victim.parent)
+
+    monkeypatch.setattr(registry, "start_time", swap)
+    assert registry.live() == []
+    assert directory.is_symlink()
+    assert victim.exists()
+
+
+def test_a_symlink_in_the_place_of_the_directory_is_not_read(directory: Path, tmp_path: Path) -> None:
+    written(of_this_process())
+    directory.rename(tmp_path / "elsewhere")
+    directory.symlink_to(tmp_path / "elsewhere")
+    assert registry.records() == []
+
+
+@pytest.mark.root
+def test_a_record_takes_none_of_another_user_s_with_it(directory: Path) -> None:
+    """Two directories may hold the same id, if somebody has learnt it."""
+    new = written(of_this_process())
+    registry.clear(replace(new, owner=4321))
+    assert registry.records() == [new]
+
+
+@pytest.mark.root
+def test_a_user_reads_the_own_directories_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp/pyoverlay-UID may be somebody else's, who was there first."""
+    written(of_this_process())
+    directory.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    assert registry.records() == []
+
+
+def test_a_record_that_finds_no_room_leaves_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(*arguments: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="No space left"):
+        written(of_this_process())
+    assert list(directory.iterdir()) == []

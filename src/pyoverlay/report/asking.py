@@ -6,12 +6,11 @@ No path of a mount is touched: a mount whose daemon hangs would not let go of wh
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from pyoverlay import registry
@@ -47,18 +46,10 @@ def ask(records: Iterable[registry.Record], seconds: float = PATIENCE) -> dict[s
 def _connect(connection: socket.socket, record: registry.Record) -> bool:
     """Whether there is a socket to ask at."""
     for path in registry.readable_directories():
-        try:
-            directory = os.open(path, os.O_PATH | os.O_DIRECTORY)
-        except (FileNotFoundError, PermissionError):
-            continue
-        try:
-            # Through a descriptor: an address holds 107 bytes.
+        # Through a descriptor: an address holds 107 bytes.
+        with suppress(FileNotFoundError, ConnectionRefusedError, PermissionError), registry.opened(path) as directory:
             connection.connect(f"/proc/self/fd/{directory}/{record.id}{registry.SOCKET_SUFFIX}")
-        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
-            continue
-        finally:
-            os.close(directory)
-        return True
+            return True
     return False
 
 
