@@ -13,12 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from pyoverlay.daemon import locks
+from pyoverlay import mountinfo
+from pyoverlay.daemon import locks, refusals
+from pyoverlay.errors import Refusal
 from pyoverlay.testing import mounts_below
 from pyoverlay.testing.mounts import command, processes_marked
 from tests.posix.check import fails
@@ -411,6 +414,14 @@ def test_a_volatile_mount_leaves_a_mark_that_refuses_the_next(place: Place) -> N
     assert subprocess.run(command("umount", place.merged), check=False, timeout=30).returncode == 0
 
 
+def test_a_volatile_mount_that_was_refused_has_marked_nothing(place: Place) -> None:
+    """The mark stayed, and refused the next mount of an upper in which nothing had been volatile."""
+    assert mount(place.lower, place.upper, place.merged).returncode == 0
+    assert subprocess.run(command("umount", place.merged), check=False, timeout=30).returncode == 0
+    line = refused(place, "-o", f"volatile,fsname={'x' * 5000}", place.lower, place.upper, place.merged, code=errno.EINVAL)
+    assert line.startswith(f"{place.merged}: cannot be mounted over ")
+
+
 def test_a_feature_that_nobody_here_knows_refuses_the_mount(place: Place) -> None:
     (place.work / "work/incompat/index2").mkdir(parents=True)
     line = refused(place, place.lower, place.upper, place.merged, code=errno.EINVAL)
@@ -421,6 +432,16 @@ def test_a_symlink_in_the_place_of_the_default_work_directory(place: Place) -> N
     place.work.symlink_to(place.top)
     line = refused(place, place.lower, place.upper, place.merged, code=errno.ELOOP)
     assert line.startswith(f"{place.work}: a symbolic link is in the place of the work directory ")
+
+
+def test_a_default_work_directory_that_becomes_a_symlink(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who may write beside the upper could have had root empty the directory `work` of another place."""
+    monkeypatch.setattr(refusals, "_make_default_work", lambda path, undo: os.symlink(place.top, path))
+    with ExitStack() as held:
+        among = mountinfo.mounts()
+        upper = refusals._directory(os.fsencode(place.upper), "upper", held, among)
+        with pytest.raises(Refusal, match="the work directory is no directory"):
+            refusals._work(None, upper, held, held, among)
 
 
 @pytest.mark.root

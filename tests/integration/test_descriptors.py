@@ -21,11 +21,11 @@ FEW, MANY = 256, 600
 LOWER: Tree = {f"f{number}": b"x" * 5000 for number in range(MANY)}
 
 
-@pytest.fixture
-def few(overlay: OverlayFactory, tmp_path: Path) -> Overlay:
-    """A mount whose daemon may have FEW descriptors, the hard limit included."""
+@pytest.fixture(params=[FEW, 64])
+def few(overlay: OverlayFactory, tmp_path: Path, request: pytest.FixtureRequest) -> Overlay:
+    """A mount whose daemon may have so few descriptors, the hard limit included."""
     limited = tmp_path / "python"
-    limited.write_text(f'#!/bin/sh\nulimit -n {FEW}\nexec {shlex.quote(sys.executable)} "$@"\n')
+    limited.write_text(f'#!/bin/sh\nulimit -n {request.param}\nexec {shlex.quote(sys.executable)} "$@"\n')
     limited.chmod(0o755)
     made = overlay(LOWER, mount=False)
     made.python = str(limited)

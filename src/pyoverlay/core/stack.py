@@ -43,7 +43,7 @@ def open_view(
     Raises OSError with the path as its filename: what open(2) raises, EXDEV (upper and work on two mounts), EROFS, EPERM or EOPNOTSUPP (no
     extended attributes in the work directory).
     """
-    cache = DescriptorCache(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+    cache = DescriptorCache(_descriptors(len(lowers) + len(data_layers)))
     prefix = marks.USER if policy.userxattr else marks.TRUSTED
     filesystems: list[int] = []
     opened: list[Lower | Upper] = []
@@ -79,6 +79,12 @@ def open_view(
         error.filename = os.fsdecode(upper or b"")
         raise
     return view
+
+
+def _descriptors(layers: int) -> int:
+    """How many may be cached: half of those there are, if the other half is enough for the layers and the 64 that all else takes."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(limit // 2, limit - layers - 64))
 
 
 def _identify(upper: Upper, policy: Policy) -> None:

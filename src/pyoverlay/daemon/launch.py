@@ -6,6 +6,7 @@ module imports neither trio nor pyfuse3.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -125,9 +126,17 @@ def _outcome(request: Request, daemon: _Daemon, waited: float | None) -> Pyoverl
 
 def mount_in_foreground(request: Request) -> None:
     """Become the daemon; does not return."""
+    _open_standard_streams()
     fd = to_memory([absolute(request)])
     os.set_inheritable(fd, True)
     os.execv(sys.executable, [sys.executable, *_DAEMON, str(fd)])
+
+
+def _open_standard_streams() -> None:
+    """What the caller has closed of these (`2>&-`) is /dev/null from here on: else the next file opened would be taken for it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 def absolute(request: Request) -> Request:
@@ -155,19 +164,21 @@ def _absolute(options: Options, here: bytes) -> Options:
 def _spawn(requests: Sequence[Request], end: int, *how: str) -> int:
     """The pid of a new process with the requests and our caller's end of a pipe or socket."""
     fd = to_memory(requests)
-    for inherited in (fd, end):
-        os.set_inheritable(inherited, True)
+    # Inheritable, and none of 0 to 2, which are its own: a caller without them (`>&-`) has got such numbers.
+    given, told = (fcntl.fcntl(inherited, fcntl.F_DUPFD, 3) for inherited in (fd, end))
     try:
         return os.posix_spawn(
             sys.executable,
-            [sys.executable, *_DAEMON, *how, str(fd), str(end)],
+            [sys.executable, *_DAEMON, *how, str(given), str(told)],
             os.environ,
             file_actions=[(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in range(3)],
             setsid=True,
             setsigmask=[],
-            setsigdef=[signal.SIGHUP, signal.SIGINT, signal.SIGTERM],
+            # SIGCHLD: what is ignored here is nobody's to wait for, and then fusermount3 cannot be heard of.
+            setsigdef=[signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD],
         )
     except OSError as error:
         raise DaemonFailed(f"{sys.executable}: the daemon cannot be started ({error.strerror})") from error
     finally:
-        os.close(fd)
+        for number in (fd, given, told):
+            os.close(number)

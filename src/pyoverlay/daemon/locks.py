@@ -17,7 +17,11 @@ PATIENCE = 5.0
 
 
 class InUse(Exception):
-    """Somebody else holds the lock; `str()` says who, as far as it can be known."""
+    """Somebody else holds the lock; `str()` says who, as far as it can be known. remedy: what makes the holder let go."""
+
+    def __init__(self, holder: str, remedy: str) -> None:
+        self.remedy = remedy
+        super().__init__(holder)
 
 
 def lock(fd: int, patience: float = PATIENCE) -> None:
@@ -30,7 +34,7 @@ def lock(fd: int, patience: float = PATIENCE) -> None:
     except BlockingIOError:
         pid = _holder(fd)
         if _is_serving(pid):
-            raise InUse(_named(pid)) from None
+            raise _in_use(pid) from None
         _wait(fd, patience)
 
 
@@ -39,7 +43,7 @@ def _wait(fd: int, patience: float) -> None:
         with _alarm(patience):
             fcntl.flock(fd, fcntl.LOCK_EX)
     except TimeoutError:
-        raise InUse(_named(_holder(fd))) from None
+        raise _in_use(_holder(fd)) from None
 
 
 @contextmanager
@@ -82,8 +86,11 @@ def _record(pid: int | None) -> registry.Record | None:
     return next((record for record in registry.records() if record.pid == pid and record.is_alive), None)
 
 
-def _named(pid: int | None) -> str:
+def _in_use(pid: int | None) -> InUse:
     record = _record(pid)
-    if record is not None:
-        return f"already used by the mount at {printable(record.merged)} (pid {record.pid})"
-    return f"already used by process {pid}" if pid is not None else "already used by another mount"
+    if record is None:
+        return InUse(f"already used by process {pid}" if pid is not None else "already used by another mount", "unmount that first")
+    mount = f"the mount at {printable(record.merged)} (pid {pid})"
+    if _is_serving(pid):
+        return InUse(f"already used by {mount}", "unmount that first")
+    return InUse(f"still used by {mount}, which was detached and serves its last users", f"end these, or kill {pid}")

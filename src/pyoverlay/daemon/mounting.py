@@ -47,7 +47,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
     Raises PyoverlayError for what cannot be mounted, with nothing left behind.
     """
     os.umask(0)  # the kernel has applied the caller's already
-    _raise_descriptor_limit()
+    _raise_limits()
     _widen_descriptor_table()
     privileged = refusals.is_privileged()
     if os.geteuid() == 0:
@@ -58,7 +58,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         view = _open(layers, rules)
         held.callback(view.close)
         if rules.fsync is Fsync.VOLATILE and layers.work is not None:
-            refusals.mark_volatile(layers.work)
+            refusals.mark_volatile(layers.work, undo)
         point = open_mount_point(layers.merged.path)
         held.callback(point.close)
         latency_fd = _latency_fd(request.options, held)
@@ -157,10 +157,24 @@ def _latency_fd(options: Options, held: ExitStack) -> int:
     return fd
 
 
-def _raise_descriptor_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError):  # a hard limit past what the kernel grants now
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+# What the caller's shell set for its own programs is not for a process that serves everybody: past RLIMIT_CPU it would be killed, and past
+# RLIMIT_FSIZE every caller's write refused. The hard limits stay: they are the machine's.
+_LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA)
+_FELT = (
+    (resource.RLIMIT_FSIZE, "no file can be written past %d bytes: a hard limit of whoever mounted"),
+    (resource.RLIMIT_CPU, "the daemon will be killed after %d seconds of processor time: a hard limit of whoever mounted"),
+)
+
+
+def _raise_limits() -> None:
+    for limit in _LIMITS:
+        _, hard = resource.getrlimit(limit)
+        with suppress(ValueError):  # a hard limit past what the kernel grants now
+            resource.setrlimit(limit, (hard, hard))
+    for limit, consequence in _FELT:
+        _, hard = resource.getrlimit(limit)
+        if hard != resource.RLIM_INFINITY:
+            log.warning(consequence, hard)
 
 
 def _widen_descriptor_table() -> None:
@@ -242,7 +256,10 @@ class _Entry:
         if mount is not None:
             self.record = registry.located(self.record, mount.device)
         if self._directory is not None:
-            registry.write(self._directory, self.record)
+            try:
+                registry.write(self._directory, self.record)
+            except OSError as error:
+                log.warning("%s: this mount will not be listed: %s", registry.own_directory(), error.strerror)
 
     async def tell(self, operations: Operations) -> None:
         """Answer whoever asks for the mount's counts."""
@@ -259,11 +276,15 @@ class _Entry:
         if self._listener is not None:
             self._listener.close()
             control.remove(self._directory, self.record)
-        if self.failure is None:
-            registry.remove(self._directory, self.record)
-        else:
-            registry.leave_failure(self._directory, self.record, self.failure)
-        os.close(self._directory)
+        try:
+            if self.failure is None:
+                registry.remove(self._directory, self.record)
+            else:
+                registry.leave_failure(self._directory, self.record, self.failure)
+        except OSError as error:
+            log.critical("%s: `pyoverlay umount` cannot be told how it ended: %s", registry.own_directory(), error.strerror)
+        finally:
+            os.close(self._directory)
 
 
 def _registry_directory() -> int | None:

@@ -95,9 +95,9 @@ def _id_ranges(kind: str) -> list[tuple[int, ...]]:
 # ── the directories, one by one ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _directory(path: bytes, role: str, held: ExitStack, among: list[mountinfo.Mount]) -> Directory:
+def _directory(path: bytes, role: str, held: ExitStack, among: list[mountinfo.Mount], flags: int = 0) -> Directory:
     try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | flags)
     except FileNotFoundError as error:
         raise Refusal(path, f"the {role} does not exist", error.errno, "make it with mkdir, or check the path") from error
     except NotADirectoryError as error:
@@ -137,7 +137,7 @@ def _work(given: bytes | None, upper: Directory, held: ExitStack, undo: ExitStac
         return _directory(given, role, held, among)
     path = default_work(upper.path)
     _make_default_work(path, undo)
-    work = _directory(path, role, held, among)
+    work = _directory(path, role, held, among, os.O_NOFOLLOW)  # whoever may write beside the upper may have replaced it
     if os.fstat(work.fd).st_uid != os.geteuid():
         raise Refusal(path, "the work directory belongs to another user", errno.EPERM, "name one with --workdir")
     return work
@@ -222,7 +222,8 @@ def _lock(directory: Directory, held: ExitStack, role: str) -> None:
     try:
         locks.lock(fd)
     except locks.InUse as holder:
-        raise Refusal(directory.given, f"the {role} is {holder}", errno.EBUSY, "unmount that first, or choose another directory") from None
+        remedy = f"{holder.remedy}, or choose another directory"
+        raise Refusal(directory.given, f"the {role} is {holder}", errno.EBUSY, remedy) from None
 
 
 def _refuse_kernel_overlay(ours: Sequence[Directory], among: list[mountinfo.Mount]) -> None:
@@ -259,14 +260,23 @@ def _refuse_incompatible(work: Directory) -> None:
         raise Refusal(work.given, reason, errno.EINVAL, f"use what made it, or rm -r {printable(marker)}")
 
 
-def mark_volatile(work: Directory) -> None:
-    """Make `work/incompat/volatile/dirty`, as the kernel does, below the inner work directory that the core has made."""
+def mark_volatile(work: Directory, undo: ExitStack) -> None:
+    """Make `work/incompat/volatile/dirty`, as the kernel does, below the inner work directory that the core has made.
+
+    undo: gets what takes it back: with a mount that was not made nothing has become volatile.
+    """
     here = os.path.join(work.path, b"work")
-    for name in (b"incompat", b"volatile"):
-        here = os.path.join(here, name)
-        with suppress(FileExistsError):
-            os.mkdir(here, 0o700)
-    os.close(os.open(os.path.join(here, b"dirty"), os.O_WRONLY | os.O_CREAT, 0o600))
+    try:
+        for name in (b"incompat", b"volatile"):
+            here = os.path.join(here, name)
+            with suppress(FileExistsError):
+                os.mkdir(here, 0o700)
+                undo.callback(os.rmdir, here)
+        dirty = os.path.join(here, b"dirty")
+        os.close(os.open(dirty, os.O_WRONLY | os.O_CREAT, 0o600))
+        undo.callback(os.unlink, dirty)
+    except OSError as error:
+        raise Refusal(work.given, "cannot be marked as a volatile mount's", error.errno, "make room, or leave volatile out") from error
 
 
 def _refuse_without_xattrs(work: Directory, *, userxattr: bool) -> None:
@@ -277,5 +287,8 @@ def _refuse_without_xattrs(work: Directory, *, userxattr: bool) -> None:
         os.setxattr(path, name, b"0")
         os.removexattr(path, name)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room in the upper's file system"
+            raise Refusal(work.given, "there is no room for so much as a mark", error.errno, remedy) from error
         reason = f"its file system takes no {spelling.decode()}.* extended attributes"
         raise Refusal(work.given, reason, error.errno, "use ext4, xfs, btrfs or tmpfs (for user.*: from Linux 6.6)") from error
