@@ -84,18 +84,20 @@ class Location:
 
 def location(fd: int, among: list[Mount]) -> Location:
     """The location of an open directory."""
-    mount_id = _mount_id(fd)
+    number = mount_id(fd)
     path = os.readlink(b"/proc/self/fd/%d" % fd)
-    mount = next((mount for mount in among if mount.id == mount_id), None)
+    mount = next((mount for mount in among if mount.id == number), None)
     if mount is None:  # above the root that this process was put into: its paths are all there is
         device = os.fstat(fd).st_dev
-        return Location(f"{os.major(device)}:{os.minor(device)}", path, mount_id)
+        return Location(f"{os.major(device)}:{os.minor(device)}", path, number)
     below = os.path.relpath(path, mount.point) if path != mount.point else b"."
-    return Location(mount.device, os.path.normpath(os.path.join(mount.root, below)), mount_id)
+    return Location(mount.device, os.path.normpath(os.path.join(mount.root, below)), number)
 
 
-def _mount_id(fd: int) -> int:
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+def mount_id(fd: int, proc_self: int | None = None) -> int:
+    """The id of the mount that a descriptor is of; asks nothing of its file system. proc_self: see `open_mountinfo`."""
+    path = f"fdinfo/{fd}" if proc_self is not None else f"/proc/self/fdinfo/{fd}"
+    with open(os.open(path, os.O_RDONLY, dir_fd=proc_self), "rb") as lines:
         return next(int(value) for name, _, value in (line.partition(b":") for line in lines) if name == b"mnt_id")
 
 

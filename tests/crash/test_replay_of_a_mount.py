@@ -15,6 +15,7 @@ import pytest
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.stack import open_view
 from pyoverlay.testing import File, Overlay, make_tree
+from pyoverlay.testing.mounts import end
 from tests.crash.images import place_for_images
 from tests.crash.replay import SEED, Recorder, Recording, recorded
 from tests.crash.victim import policy_of
@@ -142,8 +143,8 @@ class Client:
             os.write(fd, b"x")
             os.fsync(fd)
 
-    def last_change(self, overlay: Overlay) -> None:
-        """A write in place that nobody has synced when `pyoverlay umount` says that all is on disk."""
+    def last_change(self, overlay: Overlay, *, is_killed: bool = False) -> None:
+        """A write in place that nobody has synced when `pyoverlay umount` says that all is on disk. is_killed: the daemon was, before."""
         name = self.one()
         data = bytes(len(self.contents[name]))
         self._write(name, 0, data)
@@ -151,6 +152,8 @@ class Client:
             with opened(self.merged / name, os.O_WRONLY) as fd:
                 os.pwrite(fd, b"!", len(data) - 1)
             self.sync_other()
+            if is_killed:
+                end(overlay.daemons())
             overlay.umount()
 
 
@@ -236,6 +239,17 @@ def test_at_each_flush_what_a_mount_confirmed_is_there(
             client.last_change(overlay)
         found, figures = losses(client.recorder.recording(), overlay, client.steps, in_between)
     tell(f"replayed mount, {kind} {' '.join(options)}, seed {SEED}", figures)
+    assert found == []
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_at_each_flush_what_umount_made_durable_for_a_daemon_that_was_killed_is_there(tmp_path: Path, kind: str) -> None:
+    """Of a mount on xfs, what had been written in place was in the disk's cache yet."""
+    with place_for_images(tmp_path) as place:
+        with recorded_client(kind, tmp_path, place) as (client, overlay):
+            client.append()
+            client.last_change(overlay, is_killed=True)
+        found, _ = losses(client.recorder.recording(), overlay, client.steps, 20)
     assert found == []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -225,6 +226,19 @@ class Calls:
     def copy_up_file(self, file: PlainFile) -> Copied | None:
         """A whole copy-up. None: nothing was done, and it takes single calls. After an error `temporary` may be there."""
         raise NotImplementedError
+
+
+_XFS_SUPER_MAGIC = 0x58465342  # <linux/magic.h>
+
+
+def sync_all(calls: Calls, root_fd: int, work_fd: int) -> None:
+    """Put everything that an upper holds on disk. work_fd: a directory beside it that nobody else looks at."""
+    calls.syncfs(root_fd)
+    if syscalls.fstatfs_type(root_fd) == _XFS_SUPER_MAGIC:
+        # What was written in place may be in the disk's cache yet: xfs has that flushed with its log alone, which may have had nothing
+        # to write (seen on Linux 6.18). A new time gives it something.
+        calls.utimens(work_fd, b"", None, time.time_ns())
+        calls.syncfs(root_fd)
 
 
 def proc_path(fd: int, name: bytes) -> bytes:

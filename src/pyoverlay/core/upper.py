@@ -7,21 +7,17 @@ import itertools
 import logging
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyoverlay.core import marks, syscalls
-from pyoverlay.core.calls import Calls, Order, remove_tree
+from pyoverlay.core import marks
+from pyoverlay.core.calls import Calls, Order, remove_tree, sync_all
 from pyoverlay.core.layer import DescriptorCache, Layer, tolerated
 from pyoverlay.core.policy import Fsync
 from pyoverlay.core.reads import reopen_regular
 from pyoverlay.core.syscalls import Stat
 
 log = logging.getLogger(__name__)
-
-_XFS_SUPER_MAGIC = 0x58465342  # <linux/magic.h>
-
 
 class Upper(Layer):
     """The upper: a Layer that can also be changed, with the work directory that makes each change one step.
@@ -62,12 +58,7 @@ class Upper(Layer):
         self.is_dirty = False
         if self.fsync is Fsync.VOLATILE:
             return
-        self.calls.syncfs(self.root_fd)
-        if syscalls.fstatfs_type(self.root_fd) == _XFS_SUPER_MAGIC:
-            # What was written in place may be in the disk's cache yet: xfs has that flushed with its log alone, which may have had nothing
-            # to write (seen on Linux 6.18). A new time gives it something.
-            self.calls.utimens(self.work_fd, b"", None, time.time_ns())
-            self.calls.syncfs(self.root_fd)
+        sync_all(self.calls, self.root_fd, self.work_fd)
 
     @property
     def order(self) -> Order:

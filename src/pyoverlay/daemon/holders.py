@@ -17,6 +17,7 @@ from pyoverlay.errors import printable
 
 _MOUNT_ID = re.compile(rb"^mnt_id:\s*(\d+)$", re.MULTILINE)
 _LINKS = ("cwd", "root", "exe")
+_DAEMON = b"\0-m\0pyoverlay.daemon\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,27 @@ def _namespace(proc: int, pid: str) -> str | None:
         return os.readlink(f"{pid}/ns/mnt", dir_fd=proc)
     except OSError:  # gone, or another user's
         return None
+
+
+def daemons(proc: int, device: str, uid: int) -> list[int]:
+    """The pids of those of a user's daemons that may serve the mount of this device, as far as this user may look.
+
+    From Linux 6.16 on a descriptor of /dev/fuse says of which mount it is. Before, they are all that run.
+    """
+    connection = re.compile(rb"^fuse_connection:\s*%d$" % int(device.partition(":")[2]), re.MULTILINE)
+    running = [pid for pid in map(int, filter(str.isdigit, os.listdir(proc))) if _serves(proc, pid, uid)]
+    opened = {pid: b"".join(_descriptors(proc, str(pid))) for pid in running}
+    if any(b"fuse_connection:" in content for content in opened.values()):
+        return [pid for pid, content in opened.items() if connection.search(content)]
+    return running
+
+
+def _serves(proc: int, pid: int, uid: int) -> bool:
+    """By its arguments (`launch`)."""
+    try:
+        return os.stat(str(pid), dir_fd=proc).st_uid == uid and _DAEMON in _content(proc, f"{pid}/cmdline")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def described(found: list[Holder]) -> str:

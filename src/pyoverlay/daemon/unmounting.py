@@ -13,12 +13,13 @@ import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from pyoverlay import mountinfo, registry
 from pyoverlay.core import syscalls
-from pyoverlay.daemon.holders import described, holders, in_other_namespaces, open_proc
+from pyoverlay.core.calls import Calls, sync_all
+from pyoverlay.daemon.holders import daemons, described, holders, in_other_namespaces, open_proc
 from pyoverlay.errors import DaemonFailed, NoPrivilege, Refusal, printable
 from pyoverlay.fuse.mountpoint import fusermount
 
@@ -39,20 +40,23 @@ def unmount(merged: bytes, *, lazily: bool = False, wait: float = 60.0) -> str |
     a mount of ours, busy, its daemon does not answer or could not sync the upper; DaemonFailed: it does not end.
     """
     mount, record = _find(merged, _mount_point(merged))
-    if record is None or not record.is_alive:
+    if record is None:
+        return _take_away_unlisted(merged, mount, lazily=lazily, wait=wait)
+    if not record.is_alive:
         return _take_away_dead(merged, mount, record, lazily=lazily, wait=wait)
     pidfd = _pidfd(record)
     try:
         if pidfd is not None:
-            _sync(merged, mount, record, lazily=lazily, wait=wait)
+            _sync(merged, mount, record.pid, lazily=lazily, wait=wait)
         _take_away(merged, mount, lazily=lazily, wait=wait)
         note = _wait(merged, mount, record, pidfd, wait) if pidfd is not None and not lazily else None
     finally:
         if pidfd is not None:
             os.close(pidfd)
-    if not lazily:
-        _report_failure(merged, record)
-    return note
+    if lazily or (left := _left_behind(merged, record)) is None or left.upper is None:
+        return note
+    _sync_upper(left, "unmounted, but its daemon died meanwhile, and the upper cannot be synced")
+    return f"{printable(merged)}: unmounted; its daemon (pid {left.pid}) died meanwhile, and what it had written is on disk"
 
 
 def _take_away_dead(merged: bytes, mount: mountinfo.Mount, record: registry.Record | None, *, lazily: bool, wait: float) -> str:
@@ -60,24 +64,77 @@ def _take_away_dead(merged: bytes, mount: mountinfo.Mount, record: registry.Reco
     _take_away(merged, mount, lazily=lazily, wait=wait)
     note = "its daemon had died before; unmounted"
     if record is not None and record.upper is not None:
-        try:
-            fd = os.open(record.upper, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                syscalls.syncfs(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise Refusal(record.upper, "unmounted, its daemon had died before, and the upper cannot be synced", error.errno) from error
+        _sync_upper(record, "unmounted, its daemon had died before, and the upper cannot be synced")
         note += ", and what it had written is on disk"
-        _report_failure(merged, record)
+        _left_behind(merged, record)
     return f"{printable(merged)}: {note}"
+
+
+def _take_away_unlisted(merged: bytes, mount: mountinfo.Mount, *, lazily: bool, wait: float) -> str | None:
+    """A mount that is in no list to be read from here: where they are kept there was no room, or its caller had another runtime directory.
+
+    Its daemon is one of those that are in no list; which one shows when it ends.
+    """
+    with ExitStack() as held:
+        poll, pids = select.poll(), {}
+        for pid in _unlisted_daemons(mount):
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                held.callback(os.close, pidfd)
+                poll.register(pidfd, select.POLLIN)
+                pids[pidfd] = pid
+        if not _sync(merged, mount, None, lazily=lazily, wait=wait):
+            return _take_away_dead(merged, mount, None, lazily=lazily, wait=wait)
+        _take_away(merged, mount, lazily=lazily, wait=wait)
+        if lazily:
+            return None
+        if not pids:
+            reason = "its daemon is in no list and cannot be seen from here: it may be syncing yet"
+            raise DaemonFailed(f"{printable(merged)}: unmounted, but {reason}")
+        if not (ended := poll.poll(wait * 1000)):
+            reason = f"its daemon has not ended within {wait:g} s: {_what_keeps_it(mount)}"
+            raise DaemonFailed(f"{printable(merged)}: unmounted, but {reason}")
+        pid = pids[ended[0][0]]
+    return f"{printable(merged)}: unmounted; its daemon (pid {pid}) was in no list: only its log says if the upper could not be synced"
+
+
+def _unlisted_daemons(mount: mountinfo.Mount) -> list[int]:
+    listed = {record.pid for record in registry.records() if record.is_alive}
+    proc = open_proc()
+    try:
+        found = daemons(proc, mount.device, int(mount.option(b"user_id") or 0))
+        return [pid for pid in found if pid not in listed]
+    finally:
+        os.close(proc)
+
+
+def _sync_upper(record: registry.Record, failure: str) -> None:
+    """In the place of a daemon that died. Raises Refusal with that failure."""
+    assert record.upper is not None
+    assert record.work is not None
+    beside = record.work if os.path.isdir(record.work) else record.upper  # somebody may have removed it by now
+    try:
+        with _opened(record.upper) as upper, _opened(beside) as work:
+            sync_all(Calls(), upper, work)
+    except OSError as error:
+        raise Refusal(record.upper, failure, error.errno) from error
+
+
+@contextmanager
+def _opened(directory: bytes) -> Iterator[int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _mount_point(merged: bytes) -> bytes:
     """Its path without symlinks, found without asking anything of the mount: it may hang."""
-    path = os.path.abspath(merged)
+    path = os.path.join(os.getcwdb(), merged.rstrip(b"/"))
     points = {mount.point for mount in mountinfo.mounts()}
-    for candidate in (path, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))):
+    above = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    for candidate in (above,) if b".." in path.split(b"/") else (os.path.normpath(path), above):  # `..` of a symlink is where that leads
         if candidate in points:
             return candidate
     return os.path.realpath(path)
@@ -89,8 +146,9 @@ def _find(merged: bytes, point: bytes) -> tuple[mountinfo.Mount, registry.Record
         if not os.path.lexists(point):
             raise Refusal(merged, "does not exist", errno.ENOENT)
         raise Refusal(merged, "nothing is mounted here", errno.EINVAL)
-    # The device number comes back with a later mount, so the place must be the same as well.
-    records = (r for r in reversed(registry.records()) if r.device == mount.device and r.merged == mount.point)
+    # The device number comes back with a later mount, so the place must be the same as well, or the daemon alive: a directory above it may
+    # have been renamed, and it may show at a second place. The latest is the one that has the number now.
+    records = (r for r in reversed(registry.records()) if r.device == mount.device and (r.merged == mount.point or r.is_alive))
     record = next((r for r in records if r.may_be_of(mount.option(b"user_id"))), None)
     if record is None and mount.type != OUR_TYPE:
         raise Refusal(merged, f"not an overlay of pyoverlay but a mount of type {mount.type}", errno.EINVAL, "use umount")
@@ -107,21 +165,24 @@ def _pidfd(record: registry.Record) -> int | None:
     return None
 
 
-def _sync(merged: bytes, mount: mountinfo.Mount, record: registry.Record, *, lazily: bool, wait: float) -> None:
-    """Write what is dirty in the page cache: umount(2) would too, but could not say that it failed."""
-    if registry.is_stopped(record.pid):
+def _sync(merged: bytes, mount: mountinfo.Mount, pid: int | None, *, lazily: bool, wait: float) -> bool:
+    """Write what is dirty in the page cache: umount(2) would too, but could not say that it failed. Is there a daemon to write it?
+
+    pid: of the daemon, where it is known.
+    """
+    if pid is not None and registry.is_stopped(pid):
         if lazily:
-            return
-        remedy = f"kill -CONT {record.pid}, or detach it with --lazy"
-        raise Refusal(merged, f"its daemon (pid {record.pid}) is stopped and cannot sync it", errno.EBUSY, remedy)
+            return True
+        remedy = f"kill -CONT {pid}, or detach it with --lazy"
+        raise Refusal(merged, f"its daemon (pid {pid}) is stopped and cannot sync it", errno.EBUSY, remedy)
     code = _in_child(lambda: _sync_from_inside(mount, is_to_answer=not lazily), _LAZY_PATIENCE if lazily else wait)
-    if code == 0 or lazily:
-        return
-    if code is None:
-        remedy = f"kill {record.pid}, or detach it with --lazy"
-        raise Refusal(merged, f"its daemon (pid {record.pid}) has not answered within {wait:g} s", errno.ETIMEDOUT, remedy)
     if code in (errno.ENOTCONN, errno.ECONNABORTED):  # it ended meanwhile
-        return
+        return False
+    if code == 0 or lazily:
+        return True
+    if code is None:
+        named, remedy = ("its daemon", "") if pid is None else (f"its daemon (pid {pid})", f"kill {pid}, or ")
+        raise Refusal(merged, f"{named} has not answered within {wait:g} s", errno.ETIMEDOUT, f"{remedy}detach it with --lazy")
     raise Refusal(merged, "what was written could not be stored", code, "still mounted; make room or look into the log, then try again")
 
 
@@ -258,11 +319,12 @@ def _what_keeps_it(mount: mountinfo.Mount) -> str:
     return "a mount namespace that cannot be seen from here may hold the mount, or the upper's disk is slow"
 
 
-def _report_failure(merged: bytes, record: registry.Record) -> None:
-    """Raise what the daemon left in the registry at its end, and clear it away."""
+def _left_behind(merged: bytes, record: registry.Record) -> registry.Record | None:
+    """The record of a daemon that was killed before it could take it back, which is cleared away. Raises what another one left to tell."""
     left = next((r for r in registry.records() if r.id == record.id), None)
     if left is None or left.is_alive:
-        return
+        return None
     registry.clear(left)
     if left.failure is not None:
         raise Refusal(merged, f"unmounted, but {left.failure}", None, "see the log")
+    return left

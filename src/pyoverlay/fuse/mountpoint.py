@@ -137,30 +137,52 @@ class MountPoint:
             os.close(fd)
 
     def unmount(self, *, lazily: bool = False) -> None:
-        """Take the mount out of the tree; OSError EBUSY if somebody uses it, unless `lazily`. Blocks: for a thread, while it serves.
+        """Take the mount out of the tree; OSError EBUSY if somebody uses it, unless `lazily`, or something covers it. Blocks: for a thread,
+        while it serves.
 
         The last reference makes the kernel write dirty pages, which are requests to this session.
         """
-        if not self._is_topmost():
-            raise OSError(errno.EBUSY, "something else is mounted over it", os.fsdecode(self.path))
-        self._unmount(lazily=lazily)
+        self._unmount(*self._place(), lazily=lazily)
 
-    def _unmount(self, *, lazily: bool) -> None:
-        os.fchdir(self._above)  # umount2(2) takes no directory descriptor
-        syscalls.umount2(self._name, syscalls.MNT_DETACH if lazily else 0)
+    def _unmount(self, name: bytes, dirfd: int | None, *, lazily: bool) -> None:
+        if dirfd is not None:
+            os.fchdir(dirfd)  # umount2(2) takes no directory descriptor
+        syscalls.umount2(name, syscalls.MNT_DETACH if lazily else 0)
 
     @property
     def is_mounted(self) -> bool:
         """What was attached is still there."""
-        mount = self.mount
-        return mount is not None and any(mount.id == other.id for other in mountinfo.mounts(self._mountinfo))
+        return self._where() is not None
 
-    def _is_topmost(self) -> bool:
-        top = mountinfo.topmost(self.path, mountinfo.mounts(self._mountinfo))
-        return top is not None and self.mount is not None and top.id == self.mount.id
+    def _where(self) -> bytes | None:
+        """Where the list of mounts says that it is: the path changes with the name of a directory above, and when a mount is moved."""
+        mount = self.mount
+        among = mountinfo.mounts(self._mountinfo) if mount is not None else []
+        return next((other.point for other in among if mount is not None and other.id == mount.id), None)
+
+    def _place(self) -> tuple[bytes, int | None]:
+        """A name that leads to the mount, and the directory that this begins at. OSError EBUSY: something else is mounted over it."""
+        if self._leads_here(self._name, self._above):
+            return self._name, self._above
+        where = self._where()
+        if where is None or not self._leads_here(where, None):
+            raise OSError(errno.EBUSY, "something else is mounted over it", os.fsdecode(self.path))
+        return where, None
+
+    def _leads_here(self, name: bytes, dirfd: int | None) -> bool:
+        """An O_PATH descriptor of the root of a mount asks nothing of it."""
+        try:
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+        except OSError:
+            return False
+        try:
+            return self.mount is not None and mountinfo.mount_id(fd, self._mountinfo) == self.mount.id
+        finally:
+            os.close(fd)
 
     def _open_root(self) -> int:
-        return os.open(self._name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._above)
+        name, dirfd = self._place()
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dirfd)
 
 
 class UserMountPoint(MountPoint):
@@ -170,10 +192,11 @@ class UserMountPoint(MountPoint):
         super().__init__(path)
         self._program = fusermount()
         # Reads one word a line and answers with the exit status; ends with its standard input. A session of its own: the
-        # terminal's interrupt is for the daemon, which then wants this process.
+        # terminal's interrupt is for the daemon, which then wants this process. It is in the directory above, whatever that is called then.
         self._unmounter = subprocess.Popen(
-            ["/bin/sh", "-c", 'while read -r how; do "$0" $how -- "$1" >/dev/null 2>&1; echo $?; done', self._program, self.path],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+            ["/bin/sh", "-c", 'while read -r how; do "$0" $how -- "$1" >/dev/null 2>&1; echo $?; done', self._program, self._name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=f"/proc/self/fd/{self._above}",
+            start_new_session=True,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -200,7 +223,7 @@ class UserMountPoint(MountPoint):
         os.dup2(connection, fd, inheritable=False)
         os.close(connection)
 
-    def _unmount(self, *, lazily: bool) -> None:
+    def _unmount(self, name: bytes, dirfd: int | None, *, lazily: bool) -> None:
         assert self._unmounter.stdin is not None
         assert self._unmounter.stdout is not None
         self._unmounter.stdin.write(b"-u -z\n" if lazily else b"-u\n")
@@ -231,7 +254,9 @@ def _open_fuse_device() -> int:
     except PermissionError as error:
         raise NoPrivilege(FUSE_DEVICE, "may not be opened", error.errno, "chmod 666 /dev/fuse, or add --device /dev/fuse") from error
     except OSError as error:
-        raise Refusal(FUSE_DEVICE, "cannot be opened", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
+        is_limit = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = "raise the limit of open files (ulimit -n)" if is_limit else "modprobe fuse; in a container add --device /dev/fuse"
+        raise Refusal(FUSE_DEVICE, "cannot be opened", error.errno, remedy) from error
 
 
 def _mount_refused(path: bytes, code: int) -> Refusal:

@@ -97,7 +97,14 @@ class Session:
             # Closing the connection first: whoever waits in the mount gets ENOTCONN, and nothing that follows can wait for us.
             pyfuse3.close(unmount=False)
             if self._point.is_mounted:
-                self._point.unmount(lazily=True)
+                self._take_away()
+
+    def _take_away(self) -> None:
+        try:
+            self._point.unmount(lazily=True)
+        except OSError as error:
+            path = printable(self._point.path)
+            log.error("%s: a dead mount is left, for %s; take it away with umount -l", path, error.strerror)
 
     async def _run(self, options: MountOptions, course: _Course) -> None:
         with trio.open_signal_receiver(*course.stop_at, *course.on_signal) as signals:
