@@ -19,7 +19,9 @@ def printable(text: str | bytes) -> str:
 
 
 def _escaped(character: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+    # Bytes of a name that are no UTF-8 are these surrogates; the others can come from JSON alone.
+    errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", errors))
 
 
 class PyoverlayError(Exception):
@@ -50,11 +52,11 @@ class Refusal(PyoverlayError):
         return cls(named, "refused by the system", error.errno, remedy)
 
     def _line(self) -> str:
-        line = f"{printable(self.path)}: {self.reason}"
+        line = f"{printable(self.path)}: {printable(self.reason)}"
         if self.errno is not None:
             line += f" ({os.strerror(self.errno)})"
         if self.remedy is not None:
-            line += f"; {self.remedy}"
+            line += f"; {printable(self.remedy)}"
         return line
 
 

@@ -29,6 +29,7 @@ SUFFIX = ".json"
 SOCKET_SUFFIX = ".sock"
 
 _IS_RECORD = re.compile(r"[0-9a-f]{12}\.json")
+_LATEST = 253_402_300_799  # seconds since 1970, the last that a datetime has
 _LARGEST = 64 << 20  # 4096 layers with the longest paths there are, and room
 
 
@@ -255,10 +256,26 @@ def _read(directory: int, name: str) -> Record:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
             raise ValueError("no record")
         record = _record(json.load(file))
-    numbers = (record.pid, record.start_time, record.started)
-    if record.id != name.removesuffix(SUFFIX) or not all(type(number) in (int, float) for number in numbers) or record.pid <= 0:
+    if record.id != name.removesuffix(SUFFIX) or not _is_sound(record):
         raise ValueError("no record")
     return replace(record, owner=status.st_uid)
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether it is made of what a daemon writes down. TypeError: its features are nothing of the kind."""
+    with suppress(ValueError):  # a choice of a later release is for whoever asks for the policy
+        _ = record.policy
+    texts = (record.device, "" if record.failure is None else record.failure, *record.options)
+    paths = (record.merged, record.upper or b"/", record.work or b"/", *record.lowers, *record.data_lowers)
+    return (
+        (type(record.pid), type(record.start_time)) == (int, int)
+        and record.pid > 0
+        and type(record.started) in (int, float)
+        and 0 <= record.started <= _LATEST
+        and all(isinstance(text, str) for text in texts)
+        and all(path.startswith(b"/") and b"\0" not in path for path in paths)
+        and record.lowers != ()
+    )
 
 
 def _texts(record: Record) -> dict[str, Any]:
@@ -272,7 +289,8 @@ def _text(value: Any) -> Any:
 
 
 def _record(texts: dict[str, Any]) -> Record:
-    for name in ("merged", "upper", "work"):
+    texts["merged"] = os.fsencode(texts["merged"])
+    for name in ("upper", "work"):
         texts[name] = None if texts[name] is None else os.fsencode(texts[name])
     for name in ("lowers", "data_lowers"):
         texts[name] = tuple(map(os.fsencode, texts.get(name, ())))

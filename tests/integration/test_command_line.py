@@ -319,6 +319,8 @@ def test_help_is_short_and_has_two_examples(name: tuple[str, ...]) -> None:
         (["-o", "upperdir=/u", "/a", "/b", "/c"], "the upper is given twice"),
         (["-o", "lowerdir=/a,upperdir=/u,workdir=/w", "--workdir", "/w", "/m"], "the work directory is given twice"),
         (["--wait", "soon", "/a", "/b", "/c"], "'soon' is not a valid float"),
+        (["--wait", "nan", "/a", "/b", "/c"], "nan is no number of seconds up to 1000000"),
+        (["--wait", "1e7", "/a", "/b", "/c"], "1e7 is no number of seconds up to 1000000"),
     ],
 )
 def test_a_wrong_command_line_exits_2_and_says_how_to_get_help(arguments: list[str], message: str) -> None:
@@ -354,7 +356,48 @@ def test_completion_completes_mount_points(overlay: OverlayFactory, tmp_path: Pa
     made = overlay()
     words = f"pyoverlay inspect {str(made.merged)[:-3]}"
     result = pyoverlay(_PYOVERLAY_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="2")
-    assert result.stdout.splitlines()[0] == f"plain,{made.merged}"
+    assert result.stdout.splitlines() == [f"file,{str(made.merged)[:-3]}", f"plain,{made.merged}"]
+
+
+def test_bash_shows_mount_points_whatever_files_there_are(overlay: OverlayFactory, tmp_path: Path) -> None:
+    made = overlay()
+    script = """
+        eval "$(pyoverlay completion bash)"
+        COMP_WORDS=(pyoverlay umount "$1") COMP_CWORD=2
+        compopt() { (IFS=' '; echo "compopt $*"); }
+        _pyoverlay_completion pyoverlay
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = run(["bash", "-c", script, "bash", str(made.merged)[:-3]], environment={"PATH": path})
+    assert (result.stdout.splitlines(), result.stderr) == (["compopt -o default", str(made.merged)], "")
+
+
+@pytest.mark.parametrize(
+    "words", ["mount ", "import ", "export ", "commit ", "commit m ", "doctor ", "export -o ", "mount --workdir ", "mount --log-file ",
+              "mount --from ", "diff --lower ", "which "]
+)  # fmt: skip
+def test_completion_completes_paths(words: str) -> None:
+    number = len(words.split(" "))
+    result = pyoverlay(_PYOVERLAY_COMPLETE="bash_complete", COMP_WORDS=f"pyoverlay {words}", COMP_CWORD=str(number))
+    assert "file," in result.stdout.splitlines()
+
+
+def test_completion_passes_over_what_a_shell_cannot_be_told(tmp_path: Path) -> None:
+    """A name with a newline; one that is no UTF-8 is told as its bytes are."""
+    for name in ("new\nline", os.fsdecode(b"m\xff")):
+        (tmp_path / name).mkdir()
+        made = Overlay((tmp_path / "lower",), None, tmp_path / name)
+        made.lower.mkdir(exist_ok=True)
+        made.mount()
+        try:
+            words = f"pyoverlay umount {tmp_path}/"
+            environment = os.environ | {"_PYOVERLAY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "2"}
+            result = subprocess.run(command(), check=True, capture_output=True, timeout=30, env=environment)
+            told = [] if "\n" in name else [b"plain," + os.fsencode(made.merged)]
+            assert result.stdout.splitlines() == [b"file," + os.fsencode(f"{tmp_path}/"), *told]
+        finally:
+            made.close()
 
 
 # ── doctor ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 
+from pyoverlay.core.policy import Policy
 from pyoverlay.errors import Refusal
+from pyoverlay.image import committing
 from pyoverlay.image import layout as layouts
+from pyoverlay.image.committing import Kept, Made, Plan, Words
 from pyoverlay.image.layout import Descriptor, changing
+from pyoverlay.image.store import StoredLayer
+from pyoverlay.report.target import Target
 from pyoverlay.testing import Entry, File, Overlay, OverlayFactory, Symlink, Tree, Whiteout, make_tree
 from pyoverlay.testing.mounts import command
 from tests.integration.images import comparable, imported, mounted
@@ -193,6 +198,41 @@ def tree(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+def test_the_names_of_a_base_are_printed_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "image.tar").write_bytes(archive(*saved_image([BASE], names=("a\x1b[2J\n\ud83d:1",))))
+    with mounted(imported(tmp_path / "image.tar", tmp_path / "store").stdout, tmp_path / "mount") as overlay:
+        (base, *_) = commit("--dry-run", overlay.merged, tmp_path / "out").stdout.splitlines()
+    assert base == r"base      a\x1b[2J\x0a\xed\xa0\xbd:1"
+
+
+def test_other_names_of_an_image_stay_when_one_becomes_another_images(changed: Overlay, tmp_path: Path) -> None:
+    """`docker save app:1 other:1` writes one entry with both."""
+    commit(changed.merged, f"{tmp_path}/app:1")
+    manifest = tmp_path / "app/manifest.json"
+    (old,) = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps([old | {"RepoTags": ["other:1", "app:1"]}, old | {"RepoTags": None}]))
+    (changed.merged / "more").write_text("more")
+    commit(changed.merged, f"{tmp_path}/app:1", "-y")
+    assert [image["RepoTags"] for image in json.loads(manifest.read_text())] == [["other:1"], None, ["app:1"]]
+    assert json.loads(manifest.read_text())[0] == old | {"RepoTags": ["other:1"]}
+
+
+@pytest.mark.parametrize(("head", "media_type"), [(b"\x1f\x8b\x08", "+gzip"), (b"\x28\xb5\x2f\xfd", "+zstd"), (b"d/\0\0", "")])
+def test_a_layer_as_it_came_is_described_as_what_it_is(tmp_path: Path, head: bytes, media_type: str) -> None:
+    make_tree(tmp_path, {"upper": {}})
+    blob = head + bytes(600)
+    (tmp_path / "blob").write_bytes(blob)
+    upper = os.fsencode(tmp_path / "upper")
+    change = Made(Target(upper, upper, (), Policy(), is_lowest=True), 0, 0)
+    kept = Kept(StoredLayer(digest(b"archive"), digest(blob), len(blob)), os.fsencode(tmp_path / "blob"))
+    committing.commit(Plan(change, (kept,), None), os.fsencode(tmp_path / "out"), "1", "out:1", Words())
+    (entry,) = json.loads((tmp_path / "out/index.json").read_text())["manifests"]
+    manifest = json.loads((tmp_path / "out/blobs/sha256" / entry["digest"][7:]).read_text())
+    assert [layer["mediaType"] for layer in manifest["layers"]] == [
+        f"application/vnd.oci.image.layer.v1.tar{media_type}", "application/vnd.oci.image.layer.v1.tar+gzip"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("is_new", [True, False])
 def test_what_cannot_be_a_layer_leaves_the_layout_as_it_was(changed: Overlay, tmp_path: Path, is_new: bool) -> None:
     out = tmp_path / "dir/app"
@@ -254,6 +294,24 @@ def test_a_failure_while_it_is_published_leaves_the_layout_as_it_was(
     assert tree(tmp_path / "app") == before
 
 
+def test_a_small_layer_that_the_disk_does_not_take_is_the_layouts_affair(changed: Overlay, tmp_path: Path) -> None:
+    """It is all in a buffer until the file is closed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=True)
+    try:
+        commit(changed.merged, f"{disk}/app:1")
+        (changed.merged / "more").write_text("more")
+        (disk / "filler").touch()
+        free = os.statvfs(disk)
+        os.truncate(disk / "filler", free.f_bavail * free.f_bsize)
+        subprocess.run(["fallocate", "-l", str(free.f_bavail * free.f_bsize), disk / "filler"], check=True)
+        refused = commit(changed.merged, f"{disk}/app:2", check=False)
+        assert (refused.returncode, refused.stderr) == (1, f"pyoverlay: {disk}/app: refused by the system (No space left on device)\n")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_only_a_layout_is_written_to(changed: Overlay, tmp_path: Path) -> None:
     make_tree(tmp_path, {"full": {"mine": "x"}, "file": "x"})
     for place, reason in (("full", "not empty, and no OCI layout"), ("file", "Not a directory"), ("no/where", "No such file")):
@@ -269,6 +327,7 @@ def test_names_that_docker_refuses_are_refused_before_anything_is_done(changed: 
     assert refused.stderr == f"pyoverlay: {tmp_path}/app: {reason}\n"
     refused = commit(changed.merged, f"{tmp_path}/app:-1", check=False)
     assert "'-1' is no tag" in refused.stderr
+    assert commit("-n", changed.merged, f"{tmp_path}/app:-1", check=False).stderr == refused.stderr
     assert not (tmp_path / "app").exists()
 
 

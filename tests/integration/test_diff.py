@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pyoverlay import Kind, diff
 from pyoverlay.core.policy import Policy
 from pyoverlay.report.changes import Comparison
 from pyoverlay.report.sizes import usage
@@ -108,6 +109,7 @@ def test_a_directory_comes_before_what_is_in_it_and_names_in_their_order(changed
 # The system calls of one walk: all that follow the marker.
 WALK = """
 import os, sys
+from pyoverlay import Kind, diff
 from pyoverlay.core.policy import Policy
 from pyoverlay.report.changes import Comparison
 from pyoverlay.report.sizes import usage
@@ -237,6 +239,20 @@ def test_diff_of_an_upper_that_is_not_mounted_needs_its_lowers(mounted: Overlay)
     assert result.stderr.decode().startswith(line)
 
 
+def test_diff_of_an_upper_whose_marks_are_spelled_the_other_way_says_so(overlay: OverlayFactory) -> None:
+    """An opaque directory would be told as one that nothing happened to."""
+    made = overlay({"d": {"old": "1"}}, options=["-o", "userxattr"])
+    (made.merged / "d/old").unlink()
+    (made.merged / "d").rmdir()
+    (made.merged / "d").mkdir()
+    assert printed(made.merged) == ["C /d", "D /d/old"]
+    made.umount()
+    result = pyoverlay_diff("--lower", made.lower, made.writable)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr.endswith(b"of a mount made with userxattr (Invalid argument); say --userxattr\n")
+    assert printed("--userxattr", "--lower", made.lower, made.writable) == ["C /d", "D /d/old"]
+
+
 def test_diff_shows_copy_ups_and_bare_names_when_asked(mounted: Overlay) -> None:
     assert printed("--all", mounted.merged) == sorted([*LINES, "U /kept"], key=lambda line: line[2:])
     assert printed("--name-only", mounted.merged) == [line[2:] for line in LINES]
@@ -314,6 +330,14 @@ def test_what_a_shared_map_has_dirtied_counts(overlay: OverlayFactory) -> None:
     with open(made.merged / "f", "r+b") as file, mmap.mmap(file.fileno(), 4096) as shared:
         shared[0] = 65
         assert printed(made.merged) == ["C /f"]
+
+
+@pytest.mark.parametrize("named", ["merged", "writable"])
+def test_what_the_page_cache_still_holds_counts(overlay: OverlayFactory, named: str) -> None:
+    made = overlay({"f": "1234"}, options=["-o", "writeback"])
+    with open(made.merged / "f", "r+b", buffering=0) as file:
+        file.write(b"4321")
+        assert [(one.kind, str(one.path)) for one in diff(getattr(made, named))] == [(Kind.CHANGED, "/f")]
 
 
 @pytest.mark.parametrize("arguments", [["--name-only", "--stat"], ["--json", "--format", "json"], ["--format", "{{.Path}}"]])

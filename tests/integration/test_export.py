@@ -174,6 +174,13 @@ def test_mtime_is_given_to_every_member(changed: Overlay) -> None:
         assert {member.mtime for member in tar.getmembers()} == {86400}
 
 
+@pytest.mark.parametrize("arguments", [["export"], ["commit", "-n"]])
+def test_a_time_that_no_date_can_have_is_wrong_usage(tmp_path: Path, arguments: list[str]) -> None:
+    result = subprocess.run(command(*arguments, "--mtime", "253402300800", tmp_path, tmp_path), check=False, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "'--mtime': 253402300800 is in no year from 1 to 9999" in result.stderr
+
+
 def test_holes_are_kept_when_asked_for(overlay: OverlayFactory, tmp_path: Path) -> None:
     mounted = overlay({})
     make_tree(mounted.merged, {"sparse": File("begin", size=64 << 20)})

@@ -130,6 +130,20 @@ def test_ps_by_a_template(mounted: Overlay) -> None:
     assert json.loads(printed("ps", "--no-trunc", "--format", "json")[0])["Upper"] == str(mounted.writable)
 
 
+def test_ps_reads_a_template_as_docker_does(mounted: Overlay) -> None:
+    """What is in front of a table, and blanks around; and a head is not what a function makes of it."""
+    (id_,) = printed("ps", "--format", " {{.ID}} ")
+    assert printed("ps", "--format", "table{{.ID}}") == ["MOUNT ID", id_]
+    assert printed("ps", "--format", r"table {{truncate .ID 4}}\t{{json .ID}}\t{{lower .Options}}") == [
+        "MOUNT ID   MOUNT ID         OPTIONS", f'{id_[:4]:<11}"{id_}"   noatime,redirect_dir=on'
+    ]  # fmt: skip
+    assert printed("ps", "--format", r"table {{.ID}}{{if eq .Status .ID}}\t{{.Pid}}{{end}}\t{{.Options}}{{if .Pid}}{{end}}")[0].split() == [
+        "MOUNT", "ID", "OPTIONS"
+    ]  # fmt: skip
+    assert printed("ps", "--format", "") == printed("ps")
+    assert printed("inspect", "-f", "", mounted.merged) == printed("inspect", mounted.merged)
+
+
 def test_ps_filters(mounted: Overlay, overlay: OverlayFactory) -> None:
     other = overlay({}, read_only=True)
     assert printed("ps", "-q", "--filter", f"merged={mounted.merged}") == [str(mounted.merged)]
@@ -178,6 +192,20 @@ def test_ps_by_size_of_a_layer_that_is_gone_says_so(mounted: Overlay, tmp_path: 
     (tmp_path / "elsewhere").rename(mounted.writable)
     assert (result.returncode, result.stdout) == (1, "\n")
     assert result.stderr == f"pyoverlay: {mounted.writable}: cannot be measured (No such file or directory)\n"
+
+
+def test_a_mount_of_another_release_is_listed_and_says_so_where_its_policy_counts(mounted: Overlay, overlay: OverlayFactory) -> None:
+    other = overlay({"g": "12"}, read_only=True)
+    (record,) = [path for path in Path(os.environ["PYOVERLAY_RUNTIME_DIR"]).glob("*.json") if str(mounted.lower) in path.read_text()]
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps(document | {"features": document["features"] | {"redirect_dir": "later"}}))
+    said = ": mounted by another release of pyoverlay: 'later' is not a valid RedirectDir; use that release\n"
+    result = run("ps", "--no-trunc", "--format", "{{.Merged}} {{.Size}}")
+    assert (result.returncode, result.stderr) == (1, f"pyoverlay: {mounted.merged}{said}")
+    assert result.stdout.splitlines() == [f"{mounted.merged} ", f"{other.merged} 0B (virtual 2B)"]
+    for name, path in (("diff", mounted.merged), ("which", mounted.merged / "f")):
+        result = run(name, path)
+        assert (result.returncode, result.stdout, result.stderr) == (1, "", f"pyoverlay: {mounted.merged}{said}")
 
 
 def test_ps_by_size_leaves_out_what_ends_while_it_is_measured(

@@ -67,6 +67,10 @@ PRINTED = [
     ("{{len .Name}} {{len \"é\"}} {{len (split \"a:b\" \":\")}}", "7 2 2"),
     ("{{index (split \"a:b:c\" \":\") 1}}", "b"),
     ("{{slice \"abcdef\" 1 3}} {{slice \"abc\" 1}} {{slice (split \"a:b:c\" \":\") 1}}", "bc bc [b c]"),
+    # strings are made of bytes
+    ("{{index \"abc\" 1}} {{slice \"né\" 0 3}} {{slice \"né\" 1 (len \"né\")}} {{truncate \"né\" 3}}", "98 né é né"),
+    ("{{\"\\xc3\\xa9\"}} {{\"\\303\\251\"}} {{len \"\\xff\"}} {{'\\xff'}} {{printf \"%x\" \"\\xff\"}}", "é é 1 255 ff"),
+    ("{{printf \"%c\" (index \"abc\" 1)}}{{printf \"%c\" 55296}}{{printf \"%c\" 99999999}}", "b" + 2 * "\N{REPLACEMENT CHARACTER}"),
     ("{{print \"a\" \"b\" 1 2 \"c\" 3}}", "ab1 2c3"),
     ("{{print 1 2}}|{{print \"a\" 1}}|{{print true false}}", "1 2|a1|true false"),
     ("{{println \"a\" 1 \"b\"}}", "a 1 b\n"),
@@ -96,6 +100,7 @@ PRINTED = [
 MALFORMED = [
     "{{", "{{.Name", "{{.Name}", "{{if .Name}}x", "{{end}}", "{{else}}", "{{range}}{{end}}", "{{nope}}", "{{$x}}",
     "{{.Name | \"a\"}}", "{{(.Name}}", "{{.Name)}}", "{{\"a}}", "{{if}}x{{end}}", "{{if true}}a{{else}}b{{else}}c{{end}}", "{{break}}",
+    "{{\"\\ud800\"}}", "{{\"\\U00110000\"}}", "{{'\\ud800'}}", "{{\"\\400\"}}",
     "{{1 2}}", "{{$a, $b := 1}}", "{{}}", "{{\"\\z\"}}", "{{'ab'}}", "{{.Name .Name .Name.}}", "{{with .Name}}a", "{{#}}",
     "{{$x = 1}}", "{{if true}}{{$y := 1}}{{end}}{{$y}}",
 ]  # fmt: skip

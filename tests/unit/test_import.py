@@ -154,6 +154,20 @@ def test_without_a_tag_several_images_are_refused_with_their_names(tmp_path: Pat
         imports(several_images(tmp_path), tag="3")
 
 
+def test_a_refusal_is_one_line_whatever_an_image_is_called(tmp_path: Path, imports: Import) -> None:
+    """Names are anybody's: what a terminal would obey, half of a surrogate pair, which JSON can hold and no output can."""
+    hostile = "\x1b[2J\n\ud83d"
+    several = json.dumps([{"Config": "c", "RepoTags": [f"{name}{hostile}"], "Layers": []} for name in "ab"]).encode()
+    missing = json.dumps([{"Config": "c", "RepoTags": [], "Layers": [hostile]}]).encode()
+    config = json.dumps(config_of([b""])).encode()
+    for manifest in (several, missing):
+        image = written(tmp_path / "saved.tar", archive(file(b"manifest.json", manifest), file(b"c", config)))
+        with pytest.raises(Refusal) as refused:
+            imports(image)
+        assert str(refused.value).isprintable()
+        assert r"\x1b[2J\x0a\xed\xa0\xbd" in str(refused.value)
+
+
 def test_a_store_whose_parts_are_somebody_elses_is_refused(tmp_path: Path, imports: Import, directory_of_layers: Path) -> None:
     make_tree(tmp_path, {"store": {"layers": Symlink("../elsewhere")}, "elsewhere": {}})
     with pytest.raises(Refusal, match=r"store/layers: cannot hold layers .Operation not permitted."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import subprocess
@@ -191,8 +192,13 @@ def rewritten(directory: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pid": "1/../1"}, {"pid": -1}, {"pid": True}, {"start_time": None}, {"started": "now"}, {"merged": 1}]
-)
+    "changes",
+    [
+        {"pid": "1/../1"}, {"pid": -1}, {"pid": True}, {"pid": 1.5}, {"start_time": None}, {"started": "now"}, {"started": math.nan},
+        {"started": 1e300}, {"merged": 1}, {"merged": None}, {"merged": "relative"}, {"upper": "/a\0b"}, {"lowers": []}, {"lowers": [1]},
+        {"options": [1]}, {"options": None}, {"device": None}, {"failure": {}}, {"features": 5}, {"features": {"uid_map": [1]}},
+    ],
+)  # fmt: skip
 def test_a_record_of_other_types_is_none(directory: Path, changes: dict[str, object]) -> None:
     rewritten(directory, **changes)
     assert registry.records() == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyoverlay.core.policy import Policy
+from pyoverlay.errors import Refusal, printable
 from pyoverlay.report.sizes import Usage, human, usage
 from pyoverlay.report.tables import table
 from pyoverlay.report.times import duration, stamp
@@ -49,6 +50,19 @@ def test_columns_are_three_apart_and_ten_wide() -> None:
         "A         LONGER NAME   LAST",
         "1         2             a much longer text",
     ]
+
+
+def test_rows_may_have_more_or_fewer_cells() -> None:
+    assert table([["A", "B", "LAST"], ["alone"], ["1", "2"]]) == ["A         B         LAST", "alone", "1         2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a\x1b[2J\n", r"a\x1b[2J\x0a"), ("\udcff", r"\xff"), ("\ud83d", r"\xed\xa0\xbd"), ("é…", "é…")]
+)
+def test_what_a_terminal_may_not_be_told_is_escaped(text: str, shown: str) -> None:
+    """A lone half of a surrogate pair can come from JSON that somebody else has written."""
+    assert printable(text) == shown
+    assert str(Refusal("f", text, remedy=text)) == f"f: {shown}; {shown}"
 
 
 def test_a_layer_is_as_large_as_its_files_each_once(tmp_path: Path) -> None:

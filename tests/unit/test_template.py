@@ -35,6 +35,13 @@ def test_an_unknown_field_is_told_with_those_there_are() -> None:
         Template("{{.Name.Nope}}").render(VALUE)
 
 
+@pytest.mark.parametrize("call", ['printf "%99999999d" 1', 'printf "%.99999999f" 1.5', 'pad "a" 99999999 0', 'truncate "a" 99999999'])
+def test_no_more_memory_is_asked_for_than_there_may_be(call: str) -> None:
+    template = Template(f"{{{{{call}}}}}")
+    with pytest.raises(TemplateFailedError, match=r"number of characters.* 9999999"):
+        template.render({})
+
+
 def test_a_place_in_several_lines() -> None:
     with pytest.raises(TemplateSyntaxError, match=r"\Aline 2, column 5: "):
         Template("a\nb {{nope}}")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pyoverlay.cli import standard_streams
 from pyoverlay.errors import PyoverlayError
 
 # Modules are loaded when their command is named: `pyoverlay --help` and completion stay quick.
@@ -80,6 +81,7 @@ def group() -> None:
 
 def main() -> NoReturn:
     """The console script."""
+    standard_streams.prepare()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -98,6 +100,8 @@ def run(arguments: list[str], **extra: Any) -> int:
     except PyoverlayError as error:
         click.echo(f"pyoverlay: {error}", err=True)
         return error.exit_code
+    except standard_streams.ReaderHasGone:
+        return 1
     return result if isinstance(result, int) else 0
 
 

@@ -7,7 +7,9 @@ import sys
 
 import click
 
+from pyoverlay.cli.completing import mount_points, paths
 from pyoverlay.cli.progress import progress_bar
+from pyoverlay.cli.values import Moment
 from pyoverlay.errors import Refusal, printable
 from pyoverlay.image import committing, layout
 from pyoverlay.image.committing import Kept, Plan, Words
@@ -27,12 +29,12 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("merged", metavar="MERGED")
-@click.argument("image", metavar="LAYOUT[:TAG]")
+@click.argument("merged", metavar="MERGED", shell_complete=mount_points)
+@click.argument("image", metavar="LAYOUT[:TAG]", shell_complete=paths)
 @click.option("--name", metavar="NAME:TAG", envvar="PYOVERLAY_NAME", help="What Docker shall call it.  [default: LAYOUT's last part]")
 @click.option("--author", "-a", metavar="TEXT", envvar="PYOVERLAY_AUTHOR", help="Who made it.")
 @click.option("--message", "-m", metavar="TEXT", envvar="PYOVERLAY_MESSAGE", help="What the image's history says of the change.")
-@click.option("--mtime", type=int, metavar="SECONDS", envvar="PYOVERLAY_MTIME", help="Time of everything that is new, since 1970.")
+@click.option("--mtime", type=Moment(), metavar="SECONDS", envvar="PYOVERLAY_MTIME", help="Time of everything that is new, since 1970.")
 @click.option("--yes", "-y", is_flag=True, help="Replace an image of that TAG without asking.")
 @click.option("--dry-run", "-n", is_flag=True, help="Show what would be done, and do nothing.")
 def command(
@@ -44,6 +46,7 @@ def command(
     """
     path, tag = _path_and_tag(image)
     name = name or f"{os.path.basename(os.path.abspath(path)).lower()}:{tag}"
+    committing.require_names(os.fsencode(path), tag, name)
     plan = committing.plan(target.find(os.fsencode(merged)))
     is_there = any(layout.tag_of(entry) == tag for entry in layout.read_index(os.fsencode(path))["manifests"])
     if dry_run:
@@ -63,7 +66,7 @@ def _path_and_tag(image: str) -> tuple[str, str]:
 
 
 def _described(plan: Plan) -> list[str]:
-    base = "no image" if plan.base is None else ", ".join(plan.base.names) or "an image without a name"
+    base = "no image" if plan.base is None else printable(", ".join(plan.base.names)) or "an image without a name"
     lines = [f"base      {base}"]
     for layer in plan.layers:
         if isinstance(layer, Kept):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import click
 
-from pyoverlay.cli.completing import mount_points
+from pyoverlay.cli.completing import mount_points, paths
 from pyoverlay.daemon.options import lowerdirs
 from pyoverlay.errors import Refusal, UsageError, printable
 from pyoverlay.report import diff, target
@@ -29,7 +29,7 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="MERGED|UPPER", shell_complete=mount_points)
-@click.option("--lower", metavar="LOWER[:LOWER...]", help="The layers below an UPPER that is not mounted, top first.")
+@click.option("--lower", metavar="LOWER[:LOWER...]", shell_complete=paths, help="The layers below an UPPER that is not mounted, top first.")
 @click.option("--userxattr", is_flag=True, help="The marks of an UPPER that is not mounted are user.overlay.* attributes.")
 @click.option("everything", "--all", is_flag=True, help="Show what was copied up without a change, too.")
 @click.option("--stat", is_flag=True, help="Show sums by directory instead.")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from pyoverlay import __version__
+from pyoverlay.cli.completing import paths
 from pyoverlay.daemon import checks
 from pyoverlay.daemon.checks import Check, State
 
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("upper", required=False, metavar="[UPPER]")
+@click.argument("upper", required=False, metavar="[UPPER]", shell_complete=paths)
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object instead of text.")
 def command(upper: str | None, as_json: bool) -> int:
     """Say what is on, what is off, and how to get it: on this machine, and in the file system of UPPER."""

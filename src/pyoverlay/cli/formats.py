@@ -27,6 +27,14 @@ def rendered(template: Template, value: Any) -> str:
         raise PyoverlayError(f"--format: {printable(str(error))}") from error
 
 
+def rendered_head(template: Template, heads: Any) -> str:
+    """The same of a table's head."""
+    try:
+        return template.render_head(heads)
+    except TemplateFailedError as error:
+        raise PyoverlayError(f"--format: {printable(str(error))}") from error
+
+
 def show(text: str) -> None:
     """Print a line; of names that are no UTF-8 the bytes that they are made of."""
     click.echo(os.fsencode(text))

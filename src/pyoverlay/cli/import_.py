@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 
 import click
 
+from pyoverlay.cli.completing import paths
 from pyoverlay.cli.progress import progress_bar
+from pyoverlay.cli.values import Size
 from pyoverlay.daemon.options import escape
 from pyoverlay.errors import UsageError
 from pyoverlay.image.importing import Wanted, import_into
@@ -27,20 +28,8 @@ Examples:
 """
 
 
-class Size(click.ParamType):
-    """A number of bytes: `4096`, `64G`."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; write 4096, 500M or 64G", param, ctx)
-        return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
-
-
 @click.command("import", epilog=EPILOG)
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE... DIR")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE... DIR", shell_complete=paths)
 @click.option("--tag", metavar="NAME", envvar="PYOVERLAY_TAG", help="Which image, where a SOURCE has several: a name or a tag.")
 @click.option("--devices", is_flag=True, envvar="PYOVERLAY_DEVICES", help="Make device nodes; without this they are refused.")
 @click.option("--max-size", type=Size(), default="64G", show_default=True, envvar="PYOVERLAY_MAX_SIZE", help="Of one layer, unpacked.")

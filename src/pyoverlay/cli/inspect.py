@@ -29,6 +29,7 @@ Examples:
 @click.option("is_json", "--json", is_flag=True, help="Print one JSON object of pyoverlay's own schema.")
 def command(merged: tuple[str, ...], form: str | None, is_json: bool) -> int:
     """Tell all there is of each mount, in the shape of `docker inspect`: layers, options, daemon, features, requests."""
+    form = form or None  # docker, too, takes an empty one for none
     if is_json and form is not None:
         raise UsageError("--json and --format exclude one another")
     template = parsed(form) if form not in (None, "json") else None

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 import click
 from click.core import ParameterSource
 
+from pyoverlay.cli.completing import paths
+from pyoverlay.cli.values import Patience
 from pyoverlay.daemon import launch
 from pyoverlay.daemon.options import Options, parse, with_directories
 from pyoverlay.daemon.request import Request
@@ -44,7 +46,7 @@ class OptionString(click.types.StringParamType):
 
 
 @click.command(epilog=EPILOG)
-@click.argument("directories", nargs=-1, metavar="LOWER[:LOWER...] UPPER MERGED | [SOURCE] MERGED")
+@click.argument("directories", nargs=-1, metavar="LOWER[:LOWER...] UPPER MERGED | [SOURCE] MERGED", shell_complete=paths)
 @click.option(
     "options",
     "-o",
@@ -58,6 +60,7 @@ class OptionString(click.types.StringParamType):
 @click.option(
     "--workdir",
     metavar="DIR",
+    shell_complete=paths,
     envvar="PYOVERLAY_WORKDIR",
     help="Work directory, beside UPPER on its file system.  [default: .UPPER-NAME.pyoverlay-work, made if missing]",
 )
@@ -65,14 +68,16 @@ class OptionString(click.types.StringParamType):
 @click.option("--foreground", "-f", is_flag=True, envvar="PYOVERLAY_FOREGROUND", help="Stay until unmounted; log to stderr.")
 @click.option(
     "--wait",
-    type=click.FloatRange(0),
+    type=Patience(),
     default=60,
     show_default=True,
     metavar="SECONDS",
     envvar="PYOVERLAY_WAIT",
     help="How long the mount may take to answer.",
 )
-@click.option("--log-file", metavar="FILE", envvar="PYOVERLAY_LOG_FILE", help="Log to FILE.  [default: syslog, or stderr]")
+@click.option(
+    "--log-file", metavar="FILE", shell_complete=paths, envvar="PYOVERLAY_LOG_FILE", help="Log to FILE.  [default: syslog, or stderr]"
+)
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),

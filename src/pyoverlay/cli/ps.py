@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from pyoverlay.cli.formats import parsed, rendered, show
-from pyoverlay.errors import UsageError, printable
+from pyoverlay.cli.formats import parsed, rendered, rendered_head, show
+from pyoverlay.errors import Refusal, UsageError, printable
 from pyoverlay.report import inspect, mounts, ps
 from pyoverlay.report.inspect import Inspection
 from pyoverlay.report.mounts import Mount
 from pyoverlay.report.tables import table
+from pyoverlay.report.template import Template
 
 EPILOG = """\b
 Root sees everybody's mounts, a user the own ones. No mount is touched: one whose daemon hangs or died is
@@ -24,7 +25,7 @@ CreatedAt, RunningFor, Status, Options, Size; `table TEMPLATE` makes columns at 
 \b
 Examples:
   pyoverlay ps -s
-  pyoverlay ps --filter status=dead --format '{{.Merged}}' | xargs -d '\\n' pyoverlay umount --lazy
+  pyoverlay ps -q --filter status=dead | xargs -rd '\\n' pyoverlay umount --lazy
 """
 
 
@@ -40,6 +41,7 @@ def command(
     with_size: bool, no_trunc: bool, quiet: bool, filters: tuple[str, ...], form: str | None, noheading: bool, as_json: bool
 ) -> int:
     """List the live mounts."""
+    form = form or None  # docker, too, takes an empty one for none
     if sum((quiet, form is not None, as_json)) > 1:
         raise UsageError("--quiet, --format and --json exclude one another")
     found = ps.chosen(mounts.mounts(), filters)
@@ -70,6 +72,9 @@ class _Measured:
             try:
                 size = self.by_id[mount.record.id] = sizes.of(mount)
                 unreadable += size.unreadable
+            except Refusal as error:
+                click.echo(f"pyoverlay: {error}", err=True)
+                self.failed = error.exit_code
             except OSError as error:
                 if not mounts.mounts(records=[mount.record]):
                     self.ended.add(mount.record.id)
@@ -93,13 +98,17 @@ def _show(rows: Sequence[dict[str, str]], form: str | None, *, with_size: bool, 
         for row in rows:
             click.echo(json.dumps(row if with_size else {name: text for name, text in row.items() if name != "Size"}))
         return
-    is_table = form is None or form.split(" ", 1)[0] == "table"
-    columns = [*ps.COLUMNS, *(["Size"] if with_size else [])]
-    text = "\t".join(f"{{{{.{name}}}}}" for name in columns)
-    if form is not None and form != "table":
-        # A shell's '\t' is meant as a tab, here as in docker.
-        text = form.removeprefix("table ").replace("\\t", "\t").replace("\\n", "\n")
-    template = parsed(text)
-    lines = [rendered(template, row) for row in ([ps.HEADS] if is_table and heading else []) + list(rows)]
-    for line in table([line.split("\t") for line in lines]) if is_table and lines else lines:
+    template = _template(form, with_size=with_size)
+    lines = [rendered(template, row) for row in rows]
+    if form is None or form.startswith("table"):
+        heads = [rendered_head(template, ps.HEADS)] if heading else []
+        lines = table([line.split("\t") for text in (*heads, *lines) for line in text.split("\n")])
+    for line in lines:
         show(line)
+
+
+def _template(form: str | None, *, with_size: bool) -> Template:
+    r"""Of a row: as docker has it, `table` may stand in front, blanks around it do not count, and a shell's '\t' is meant as a tab."""
+    text = (form or "").removeprefix("table").strip(" ").replace("\\t", "\t").replace("\\n", "\n")
+    columns = [*ps.COLUMNS, *(["Size"] if with_size else [])]
+    return parsed(text or "\t".join(f"{{{{.{name}}}}}" for name in columns))

@@ -7,6 +7,7 @@ import os
 import click
 
 from pyoverlay.cli.completing import mount_points
+from pyoverlay.cli.values import Patience
 from pyoverlay.daemon.unmounting import unmount
 from pyoverlay.errors import PyoverlayError
 
@@ -25,7 +26,7 @@ Examples:
 @click.option("--lazy", "-l", is_flag=True, help="Detach it now, whoever uses it; the daemon serves them until they are done.")
 @click.option(
     "--wait",
-    type=click.FloatRange(0),
+    type=Patience(),
     default=60,
     show_default=True,
     metavar="SECONDS",

@@ -17,14 +17,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pyoverlay.core.policy import Whiteouts
+from pyoverlay.core.view import View
 from pyoverlay.errors import Refusal
 from pyoverlay.image import exporting
-from pyoverlay.image.exporting import Manner
+from pyoverlay.image.exporting import Manner, Written
 from pyoverlay.image.importing import distinct
 from pyoverlay.image.layout import LAYER_TYPE, BlobWriter, Descriptor, Layout, changing
-from pyoverlay.image.sources import architecture
+from pyoverlay.image.sources import HEAD, architecture
 from pyoverlay.image.store import Store, StoredImage, StoredLayer
-from pyoverlay.image.streams import is_compressed
+from pyoverlay.image.streams import compression
 from pyoverlay.report.target import Target
 
 _CHUNK = 1 << 20
@@ -146,8 +147,10 @@ def _made(target: Target) -> Made:
 
 
 def commit(what: Plan, path: bytes, tag: str, name: str, words: Words, progress: Progress = lambda _: None) -> str:
-    """Add the image to the layout at `path`. Returns its id, the digest of its configuration. Raises Refusal; nothing has changed then."""
-    _require_names(path, tag, name)
+    """Add the image to the layout at `path`, under names that `require_names` let through. Returns its id, the digest of its configuration.
+
+    Raises Refusal; nothing has changed then.
+    """
     with changing(path) as layout:
         writer = _Writer(layout, words, progress)
         for layer in (*what.layers, what.change):
@@ -156,7 +159,8 @@ def commit(what: Plan, path: bytes, tag: str, name: str, words: Words, progress:
         return layout.add_image(config, writer.descriptors, tag, name).digest
 
 
-def _require_names(path: bytes, tag: str, name: str) -> None:
+def require_names(path: bytes, tag: str, name: str) -> None:
+    """Raises Refusal for what no image can be called in a layout, or by Docker."""
     if _TAG.fullmatch(tag) is None:
         raise Refusal(path, f"{tag!r} is no tag: letters, digits, `_`, `.` and `-`")
     repository, _, suffix = name.rpartition(":")
@@ -183,7 +187,8 @@ class _Writer:
     def _copy(self, kept: Kept) -> None:
         """A blob as it came, unless the layout has it; what the store has is not believed to be whole."""
         with open(kept.path, "rb") as source:
-            media_type = LAYER_TYPE + "+gzip" * is_compressed(source.peek(4)[:4])
+            compressed = compression(source.peek(HEAD)[:HEAD])
+            media_type = LAYER_TYPE if compressed is None else f"{LAYER_TYPE}+{compressed}"
             if self.layout.has(kept.layer.digest):
                 self.progress(kept.layer.size)
             else:
@@ -200,13 +205,18 @@ class _Writer:
         view = made.target.open()
         try:
             with self.layout.new_blob() as blob, _gzip(blob) as write:
-                written = exporting.write_layer(view, made.target, write, Manner(self.words.created), self.progress)
-        except OSError as error:
-            raise Refusal.of(error, made.target.given) from error
+                written = self._written(view, made.target, write)
         finally:
             view.close()
         self.descriptors.append(Descriptor(LAYER_TYPE + "+gzip", blob.digest, blob.size))
         self.diff_ids.append(f"sha256:{written.digest}")
+
+    def _written(self, view: View, target: Target, write: Callable[[bytes], object]) -> Written:
+        """An OSError from here on is one of the mount's layers, not of the layout."""
+        try:
+            return exporting.write_layer(view, target, write, Manner(self.words.created), self.progress)
+        except OSError as error:
+            raise Refusal.of(error, target.given) from error
 
 
 @contextmanager

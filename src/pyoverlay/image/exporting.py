@@ -21,6 +21,7 @@ from pyoverlay.errors import Refusal
 from pyoverlay.image.changes import Change, Object, Opaque, Whiteout, changes
 from pyoverlay.image.tar_member import Kind, Member
 from pyoverlay.image.tar_writer import TarWriter
+from pyoverlay.report import spelling
 from pyoverlay.report.target import Target
 
 _CHUNK = 1 << 20
@@ -148,13 +149,8 @@ def _is_carried(attribute: bytes) -> bool:
 
 
 def _require_readable_marks(found: Object, target: Target) -> None:
-    """Of a bare upper nobody said how its marks are spelled: if they are spelled the other way, the layer would be wrong."""
-    if target.merged is not None or target.policy.userxattr or not stat.S_ISDIR(found.st.st_mode):
-        return
-    names = found.place.layer.listxattr(found.place.dirfd, found.place.name)
-    if any(name.startswith(marks.USER) for name in names) and not any(name.startswith(marks.TRUSTED) for name in names):
-        reason = "its marks are user.overlay.* attributes, of a mount made with userxattr"
-        raise Refusal(target.given + b"/" + found.path, reason, errno.EINVAL, "say --userxattr")
+    if not target.spelling_is_known and stat.S_ISDIR(found.st.st_mode):
+        spelling.require_trusted(found.place.layer, found.place.dirfd, found.place.name, target.given + b"/" + found.path)
 
 
 def _open(view: View, found: Object) -> int:

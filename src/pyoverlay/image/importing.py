@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pyoverlay.errors import Refusal
+from pyoverlay.errors import Refusal, printable
 from pyoverlay.image import sources
 from pyoverlay.image.sources import Image
 from pyoverlay.image.store import Added, Store
@@ -73,5 +73,11 @@ def _add_layers(store: Store, path: bytes, image: Image, wanted: Wanted, bar: Ba
             except TooLarge:
                 raise sources.too_large(path, wanted.max_size) from None
             except OSError as error:
-                raise Refusal.of(error, path) from error
+                raise _not_unpacked(error, path, store) from error
     return added
+
+
+def _not_unpacked(error: OSError, path: bytes, store: Store) -> Refusal:
+    """What the system refused names a member, where it is about one."""
+    member = b": " + os.fsencode(error.filename) if isinstance(error.filename, str) else b""
+    return Refusal(path + member, f"cannot be unpacked in {printable(store.path)}", error.errno)

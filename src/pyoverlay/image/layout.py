@@ -133,7 +133,7 @@ class Layout:
         index = read_index(self._path)
         index["manifests"] = [other for other in index["manifests"] if tag_of(other) != tag] + [entry]
         before = self._read("manifest.json")
-        images = [image for image in before or [] if name not in (image.get("RepoTags") or ())] + [saved]
+        images = [*_without(before or [], name), saved]
         fd = os.open(self._path, _OPEN_DIR)
         try:
             syscalls.syncfs(fd)
@@ -249,6 +249,15 @@ def tag_of(entry: Any) -> str | None:
     """What an entry of an index is called."""
     annotations = entry.get("annotations") if isinstance(entry, dict) else None
     return annotations.get(REF_NAME) if isinstance(annotations, dict) else None
+
+
+def _without(images: Sequence[Document], name: str) -> Iterator[Document]:
+    """The entries of a manifest.json, of which none is called `name` any more. One of several names keeps the others."""
+    for image in images:
+        names = image.get("RepoTags") or []
+        left = [other for other in names if other != name]
+        if left or not names:
+            yield image | {"RepoTags": left} if names else image
 
 
 def _empty_index() -> Document:

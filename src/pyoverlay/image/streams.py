@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from pyoverlay.image.tar_reader import MalformedArchive
 
 _CHUNK = 1 << 20
+_READ = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 
 Read = Callable[[int], bytes]
@@ -83,9 +84,9 @@ def uncompressed(compressed: Measured, head: bytes) -> Read:
 
     The reader returns what was asked for, except at the end.
     """
-    if head.startswith(b"\x1f\x8b"):
+    if compression(head) == "gzip":
         return _checked(gzip.GzipFile(fileobj=cast("BinaryIO", compressed), mode="rb").read, gzip.BadGzipFile, zlib.error)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
+    if compression(head) == "zstd":
         return _zstd(compressed)
     for magic, name in _OTHERS.items():
         if head.startswith(magic):
@@ -93,9 +94,14 @@ def uncompressed(compressed: Measured, head: bytes) -> Read:
     return compressed.read
 
 
+def compression(head: bytes) -> str | None:
+    """How a blob that begins so is compressed, as media types call it, if it is in a way that is read here."""
+    return next((name for magic, name in _READ.items() if head.startswith(magic)), None)
+
+
 def is_compressed(head: bytes) -> bool:
     """Whether a blob that begins so is compressed in a way that is read here."""
-    return head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd"))
+    return compression(head) is not None
 
 
 def _zstd(compressed: Measured) -> Read:

@@ -25,6 +25,7 @@ from pyoverlay.core.policy import Policy
 from pyoverlay.core.stack import open_probed
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
+from pyoverlay.report import spelling
 
 _CAPABILITY = b"security.capability"
 _NS = 1_000_000_000
@@ -69,14 +70,24 @@ class Comparison:
     """The merged tree of `upper` over `lowers` (top first; absolute paths), and the lowers alone. A context manager.
 
     policy: the mount's. work: its work directory, which like the upper shows empty where a lower contains it. data_lowers: layers below
-    that show nothing but data of metacopy files. Raises OSError with the path as its filename.
+    that show nothing but data of metacopy files. spelling_is_known: that of the upper's marks is the policy's. Raises OSError with the path
+    as its filename.
     """
 
     def __init__(
-        self, upper: bytes, lowers: Sequence[bytes], policy: Policy, work: bytes | None = None, data_lowers: Sequence[bytes] = ()
+        self,
+        upper: bytes,
+        lowers: Sequence[bytes],
+        policy: Policy,
+        work: bytes | None = None,
+        data_lowers: Sequence[bytes] = (),
+        *,
+        spelling_is_known: bool = True,
     ) -> None:
         empty = masked(upper, work)
+        self.upper = upper
         self.policy = policy
+        self.spelling_is_known = spelling_is_known
         self.before = open_probed(lowers, policy, masked=empty, data_layers=data_lowers)
         try:
             self.after = open_probed(lowers, policy, upper=upper, masked=empty, data_layers=data_lowers)
@@ -99,7 +110,7 @@ class Comparison:
         """Every change, a directory before what is in it, names in the order of their bytes. copy_ups: unchanged ones too.
 
         A deleted directory is one change; a new one is followed by all it holds. Raises OSError with the path in the merged tree as its
-        filename.
+        filename, Refusal where the upper's marks are not spelled as they should be.
         """
         return _Walk(self, copy_ups=copy_ups).run()
 
@@ -249,6 +260,9 @@ class _Walk:
         after.nlookup += 1  # it stays known while its entries come and go
         if before is not None:
             before.nlookup += 1
+        if not self._comparison.spelling_is_known and _in_upper(after):
+            layer = after.lowers[0].layer
+            spelling.require_trusted(layer, layer.dirfd(after.lowers[0]), b".", os.path.join(self._comparison.upper, path))
         self._frames.append(_Frame(path, after, before, iter(sorted(self._names(after, before))), held))
 
     def _names(self, after: Directory, before: Directory | None) -> set[bytes]:

@@ -12,6 +12,8 @@ from enum import Enum
 from typing import Any
 
 from pyoverlay import mountinfo, registry
+from pyoverlay.core.policy import Policy
+from pyoverlay.errors import Refusal
 from pyoverlay.report import asking
 
 OUR_TYPE = "fuse.pyoverlay"
@@ -67,6 +69,20 @@ def _mounted_here() -> dict[tuple[str, bytes], mountinfo.Mount]:
 def _is_believed(record: registry.Record, here: Mapping[tuple[str, bytes], mountinfo.Mount]) -> bool:
     mount = here.get((record.device, record.merged))
     return mount is None or record.may_be_of(mount.option(b"user_id"))
+
+
+def is_here(record: registry.Record) -> bool:
+    """Whether its mount point leads to the mount in this process's mount namespace."""
+    topmost = mountinfo.topmost(record.merged)
+    return topmost is not None and topmost.device == record.device
+
+
+def policy_of(record: registry.Record, path: bytes) -> Policy:
+    """What the core was told by the mount's daemon. path: what was asked about. Raises Refusal: it is another release's."""
+    try:
+        return record.policy
+    except ValueError as error:
+        raise Refusal(path, f"mounted by another release of pyoverlay: {error}", remedy="use that release") from error
 
 
 def at(path: bytes) -> Mount | None:

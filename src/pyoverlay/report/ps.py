@@ -12,7 +12,7 @@ from pyoverlay.core.policy import Policy
 from pyoverlay.errors import UsageError, printable
 from pyoverlay.report.changes import masked
 from pyoverlay.report.inspect import Inspection, joined
-from pyoverlay.report.mounts import Mount, State
+from pyoverlay.report.mounts import Mount, State, policy_of
 from pyoverlay.report.sizes import Usage, human, usage
 from pyoverlay.report.target import may_clone
 from pyoverlay.report.times import duration, stamp
@@ -55,14 +55,15 @@ class Sizes:
         self._lowers: dict[tuple[int, int, frozenset[tuple[int, int]]], Usage] = {}
 
     def of(self, mount: Mount) -> Size:
-        """Raises OSError with the layer's path as its filename."""
+        """Raises OSError with the layer's path as its filename, Refusal where another release made the mount."""
         record = mount.record
+        policy = policy_of(record, record.merged)
         empty = frozenset() if record.upper is None else masked(record.upper, record.work)
-        upper = Usage() if record.upper is None else _usage(record.upper, record.policy, frozenset())
+        upper = Usage() if record.upper is None else _usage(record.upper, policy, frozenset())
         below = Usage()
         for lower in (*record.lowers, *record.data_lowers):
             is_around = record.upper is not None and record.upper.startswith(lower.rstrip(b"/") + b"/")
-            below += self._lower(lower, record.policy, empty if is_around else frozenset())
+            below += self._lower(lower, policy, empty if is_around else frozenset())
         return Size(upper.size, upper.size + below.size, upper.unreadable + below.unreadable)
 
     def _lower(self, lower: bytes, policy: Policy, empty: frozenset[tuple[int, int]]) -> Usage:

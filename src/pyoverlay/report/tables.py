@@ -9,7 +9,9 @@ _GAP = 3
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines; the last column is not padded (text/tabwriter, minimum width 10, padding 3)."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(_LEAST, max(map(len, column)) + _GAP) for column in columns[:-1]]
-    return ["".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+    """The lines; a row's last cell is not padded, nor is a column as wide as it (text/tabwriter, minimum width 10, padding 3)."""
+    padded: dict[int, int] = {}
+    for row in rows:
+        for column, cell in enumerate(row[:-1]):
+            padded[column] = max(padded.get(column, _LEAST), len(cell) + _GAP)
+    return ["".join([*(f"{cell:<{padded[column]}}" for column, cell in enumerate(row[:-1])), row[-1]]).rstrip() for row in rows]

@@ -25,7 +25,8 @@ class Target:
     """An upper and what is known of what lies below it.
 
     given: as the caller spelled it. lowers: top first; empty where they are not known. work, merged: the work directory and the mount
-    point of a live mount; None of a bare upper. is_lowest: nothing lies below it, and that is known.
+    point, if it is one that answers and can be reached, of a live mount; None of a bare upper. is_lowest: nothing lies below it, and that
+    is known. spelling_is_known: the policy has it from a mount, or somebody said so; else it is a guess.
     """
 
     given: bytes
@@ -36,6 +37,7 @@ class Target:
     merged: bytes | None = None
     data_lowers: tuple[bytes, ...] = ()
     is_lowest: bool = False
+    spelling_is_known: bool = True
 
     @property
     def knows_lowers(self) -> bool:
@@ -68,7 +70,8 @@ class Target:
             remedy = "name the layers below with --lower, or mount it and name the mount point"
             raise Refusal(self.given, "an upper says what it holds, not what that changes", remedy=remedy)
         try:
-            return Comparison(self.upper, self.lowers, self.policy, self.work, self.data_lowers)
+            known = self.spelling_is_known
+            return Comparison(self.upper, self.lowers, self.policy, self.work, self.data_lowers, spelling_is_known=known)
         except OSError as error:
             raise Refusal.of(error, self.given) from error
 
@@ -87,22 +90,18 @@ def find(path: bytes, *, lowers: Sequence[bytes] = (), data_lowers: Sequence[byt
             return _of_the_kernel(path)
         raise Refusal(path, "a FUSE mount that is not in pyoverlay's list", errno.EINVAL, "name its upper directory instead")
     if not lowers and (mount := mounts.over(path)) is not None:
-        return _mounted(path, mount, None)
+        return _mounted(path, mount, mount.record.merged if mounts.is_here(mount.record) else None)
     real = os.path.realpath(path)
-    policy = Policy(userxattr=userxattr or not may_read_trusted(), metacopy=True)
+    policy = _for_this_process(path, Policy(userxattr=userxattr or not may_read_trusted(), metacopy=True), real)
     shown, data = (tuple(map(os.path.realpath, layers)) for layers in (lowers, data_lowers))
-    return Target(path, real, shown, _for_this_process(path, policy, real), data_lowers=data)
+    return Target(path, real, shown, policy, data_lowers=data, spelling_is_known=policy.userxattr)
 
 
 def _mounted(path: bytes, mount: Mount, merged: bytes | None) -> Target:
     record = mount.record
     if record.upper is None:
         raise _read_only(path)
-    try:
-        policy = replace(record.policy, metacopy=True)
-    except ValueError as error:
-        raise Refusal(path, f"mounted by another release of pyoverlay: {error}", remedy="use that release") from error
-    policy = _for_this_process(path, policy, record.upper)
+    policy = _for_this_process(path, replace(mounts.policy_of(record, path), metacopy=True), record.upper)
     to_sync = merged if mount.state is State.UP else None
     return Target(path, record.upper, record.lowers, policy, record.work, to_sync, record.data_lowers)
 

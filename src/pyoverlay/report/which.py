@@ -80,7 +80,7 @@ def mount_of(path: bytes) -> tuple[registry.Record, list[bytes]]:
 
 
 def open_layers(record: registry.Record) -> Layers:
-    """The layers of a mount, `view` to be closed. Raises OSError with a path as its filename."""
+    """The layers of a mount, `view` to be closed. Raises OSError with a path as its filename, Refusal."""
     policy = _policy(record)
     empty = frozenset[tuple[int, int]]() if record.upper is None else masked(record.upper, record.work)
     view = open_probed(record.lowers, policy, upper=record.upper, masked=empty, data_layers=record.data_lowers)
@@ -89,7 +89,8 @@ def open_layers(record: registry.Record) -> Layers:
 
 
 def _policy(record: registry.Record) -> Policy:
-    return replace(record.policy, metacopy=True, privileged=may_clone(record.lowers[0]))
+    policy = mounts.policy_of(record, record.merged)
+    return replace(policy, metacopy=True, privileged=may_clone(record.lowers[0]))
 
 
 @dataclass(frozen=True, slots=True)

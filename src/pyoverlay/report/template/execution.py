@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from pyoverlay.report.template.failures import TemplateFailedError, TemplateSyntaxError
-from pyoverlay.report.template.functions import FUNCTIONS, Value, field, is_true, kind, shown
+from pyoverlay.report.template.functions import FUNCTIONS, HEAD_FUNCTIONS, Value, field, is_true, kind, shown
 from pyoverlay.report.template.parsing import parse
 from pyoverlay.report.template.tree import (
     Assign,
@@ -41,7 +41,11 @@ class Template:
 
     def render(self, value: Value) -> str:
         """The text for one value. Raises TemplateFailedError, and gives no text then."""
-        return "".join(_Execution(value).carry_out(self._body, value))
+        return "".join(_Execution(value, FUNCTIONS).carry_out(self._body, value))
+
+    def render_head(self, heads: Value) -> str:
+        """The head of a table whose rows this renders: what docker's functions would make of a value, they do not make of its head."""
+        return "".join(_Execution(heads, HEAD_FUNCTIONS).carry_out(self._body, heads))
 
 
 class _Break(Exception):  # no error
@@ -53,7 +57,8 @@ class _Continue(Exception):  # no error
 
 
 class _Execution:
-    def __init__(self, value: Value) -> None:
+    def __init__(self, value: Value, functions: Mapping[str, Callable[..., Value]]) -> None:
+        self._functions = functions
         self._variables: list[list[Value]] = [["$", value]]  # name and value; a later one hides an earlier one of its name
 
     def carry_out(self, body: Body, dot: Value) -> Iterator[str]:
@@ -137,10 +142,10 @@ class _Execution:
             return _first_to_decide(function, values)
         given = list(values)
         try:
-            inspect.signature(FUNCTIONS[function]).bind(*given)
+            inspect.signature(self._functions[function]).bind(*given)
         except TypeError:
             raise TemplateFailedError(f"wrong number of arguments for {function}: {len(given)}") from None
-        return FUNCTIONS[function](*given)
+        return self._functions[function](*given)
 
 
 def _first_to_decide(function: str, values: Iterator[Value]) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -50,10 +51,15 @@ def _shown_inside(value: Value) -> str:
 # ── of Go ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _bytes(text: str) -> bytes:
+    """Go's strings are made of bytes: these are counted, indexed and cut."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def length(value: Value) -> int:
     """`len`."""
     if isinstance(value, str):
-        return len(value.encode(errors="surrogateescape"))
+        return len(_bytes(value))
     if isinstance(value, Mapping | Sequence):
         return len(value)
     raise TemplateFailedError(f"len of {kind(value)}")
@@ -65,7 +71,8 @@ def index(value: Value, *keys: Value) -> Value:
         if isinstance(value, Mapping):
             value = field(value, key) if isinstance(key, str) else _fail(f"a map is not indexed by {kind(key)}")
         elif isinstance(value, Sequence):
-            value = value[_in_range(key, len(value) - 1)]
+            items: Sequence[Value] = _bytes(value) if isinstance(value, str) else value
+            value = items[_in_range(key, len(items) - 1)]
         else:
             raise TemplateFailedError(f"index of {kind(value)}")
     return value
@@ -75,6 +82,8 @@ def cut(value: Value, *bounds: Value) -> Value:
     """`slice x 1 3` is x[1:3]."""
     if not isinstance(value, Sequence) or len(bounds) > 2:
         raise TemplateFailedError(f"slice of {kind(value)}" if len(bounds) <= 2 else "slice takes at most two bounds")
+    if isinstance(value, str):
+        return cut(_bytes(value), *bounds).decode("utf-8", "surrogateescape")
     places = [_in_range(bound, len(value)) for bound in bounds]
     first, last = (places + [0, len(value)][len(places) :])[:2]
     if first > last:
@@ -148,6 +157,7 @@ def shown_argument(value: Value) -> str:
     return _shown_inside(value)
 
 
+_WIDEST = 9_999_999  # characters: about where Go's printf no longer takes a number for a width or a precision
 _VERB = re.compile(r"%([-+# 0]*)(\d+)?(?:\.(\d+))?(.)", re.DOTALL)
 
 
@@ -173,6 +183,9 @@ def formatted(form: Value, *values: Value) -> str:
 
 def _formatted_one(found: re.Match[str], value: Value) -> str:
     flags, width, precision, verb = found.groups()
+    for number in (width, precision):
+        if len(number or "") > len(str(_WIDEST)):
+            raise TemplateFailedError(f"printf takes no number of characters above {_WIDEST}")
     body = _body(verb, value, precision, flags)
     if body is None:
         return f"%!{verb}({kind(value)}={shown_argument(value)})"
@@ -201,9 +214,9 @@ def _body(verb: str, value: Value, precision: str | None, flags: str) -> str | N
         case "d" | "x" | "X" | "o" | "b" if is_integer:
             return ("+" if "+" in flags and value >= 0 else "") + format(value, verb)
         case "c" if is_integer:
-            return chr(value)
+            return chr(value) if 0 <= value <= sys.maxunicode and not 0xD800 <= value <= 0xDFFF else "\ufffd"
         case "x" if isinstance(value, str):
-            return value.encode(errors="surrogateescape").hex()
+            return _bytes(value).hex()
         case "f" | "e" | "g" if isinstance(value, float):
             return format(value, digits + verb)
     return None
@@ -252,12 +265,12 @@ def pad(value: Value, left: Value, right: Value) -> str:
 def truncate(value: Value, most: Value) -> str:
     """`truncate "abcdef" 3`."""
     _strings("truncate", value)
-    return str(value[: _count("truncate", most)])
+    return _bytes(value)[: _count("truncate", most)].decode("utf-8", "surrogateescape")
 
 
 def _count(name: str, value: Value) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TemplateFailedError(f"{name} wants a number of characters, not {shown(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _WIDEST:
+        raise TemplateFailedError(f"{name} wants a number of characters, up to {_WIDEST}, not {shown(value)}")
     return value
 
 
@@ -291,4 +304,15 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "upper": _cased("upper", str.upper),
     "pad": pad,
     "truncate": truncate,
+}
+
+# docker's, where the head of a table is made (HeaderFunctions): it stays as it is. `pad` pads it like the column.
+HEAD_FUNCTIONS: dict[str, Callable[..., Value]] = FUNCTIONS | {
+    "json": lambda head: head,
+    "split": lambda head, _separator: head,
+    "join": lambda head, _separator: head,
+    "title": lambda head: head,
+    "lower": lambda head: head,
+    "upper": lambda head: head,
+    "truncate": lambda head, _most: head,
 }

@@ -51,8 +51,10 @@ _TOKEN = re.compile(
 )
 _CLOSE = re.compile(r"(\s+-)?}}")
 _COMMENT = re.compile(r"/\*.*?\*/(\s+-)?}}", re.DOTALL)
-_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.))", re.DOTALL)
-_ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\", '"': '"', "'": "'"}
+_ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.))", re.DOTALL)
+_ESCAPED = {
+    b"a": b"\a", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v", b"\\": b"\\", b'"': b'"', b"'": b"'",
+}  # fmt: skip
 _CONSTANTS = {"true": True, "false": False, "nil": None}
 
 
@@ -127,18 +129,21 @@ def _value(written: str) -> object:
         character = _unescaped(written[1:-1])
         if len(character) != 1:
             raise ValueError(written)
-        return ord(character)
+        return ord(character) & 0xFF if "\udc80" <= character <= "\udcff" else ord(character)
     return float(written) if re.search(r"[.eE]", written) and not re.match(r"[+-]?0[xX]", written) else int(written, 0)
 
 
 def _unescaped(text: str) -> str:
-    return _ESCAPE.sub(_character, text)
+    """What a quoted text stands for; bytes that are no UTF-8 as os.fsdecode has them. Raises ValueError."""
+    return _ESCAPE.sub(_character, text.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
 
 
-def _character(found: re.Match[str]) -> str:
-    for code, base in zip(found.groups()[:4], (16, 16, 16, 8), strict=True):
-        if code is not None:
-            return chr(int(code, base))
-    if found[5] not in _ESCAPED:
+def _character(found: re.Match[bytes]) -> bytes:
+    byte, short, long, octal, letter = found.groups()
+    if byte is not None or octal is not None:  # a byte, not a character
+        return bytes([int(byte, 16) if byte is not None else int(octal, 8)])
+    if short is not None or long is not None:
+        return chr(int(short or long, 16)).encode()  # ValueError: half of a pair, or beyond the last
+    if letter not in _ESCAPED:
         raise ValueError(found[0])
-    return _ESCAPED[found[5]]
+    return _ESCAPED[letter]
