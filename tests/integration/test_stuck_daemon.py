@@ -139,6 +139,20 @@ def test_umount_says_where_else_the_mount_shows(overlay: OverlayFactory, tmp_pat
 # ── a user's ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_fusermount3_that_misses_etc_mtab_is_helped(home: Path) -> None:
+    """A Debian that debootstrap has just unpacked has none, and the mount could not be taken away; nobody said how."""
+    (home / "bin").mkdir()
+    program = home / "bin/fusermount3"
+    program.write_text('#!/bin/sh\necho "fusermount3: failed to open /etc/mtab: No such file or directory" >&2\nexit 1\n')
+    program.chmod(0o755)
+    result = as_user(home, "$po mount lower upper merged; PATH=$PWD/bin:$PATH $po umount merged && exit 1; $po umount merged")
+    assert result.returncode == 0
+    assert result.stderr == (
+        f"pyoverlay: {home}/merged: fusermount3: failed to open /etc/mtab: No such file or directory;"
+        " as root: ln -s /proc/self/mounts /etc/mtab\n"
+    )
+
+
 def test_a_fusermount3_that_does_not_end_is_given_up(home: Path) -> None:
     """It waits in the kernel for the daemon, and umount would wait for it for ever."""
     (home / "bin").mkdir()

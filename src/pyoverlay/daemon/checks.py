@@ -24,7 +24,7 @@ from pyoverlay.core.stack import keeps_order
 from pyoverlay.daemon import refusals, versions
 from pyoverlay.errors import printable
 from pyoverlay.fuse import latency
-from pyoverlay.fuse.mountpoint import FUSE_DEVICE
+from pyoverlay.fuse.mountpoint import FUSE_DEVICE, MAKE_MTAB, MTAB
 
 _IN_CONTAINER = "--device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"
 
@@ -92,6 +92,8 @@ def _fusermount() -> Check:
         return Check("fusermount3", without, "not installed; ordinary users cannot mount", "sudo apt install fuse3")
     if not os.stat(path).st_mode & stat.S_ISUID or os.stat(path).st_uid != 0:
         return Check("fusermount3", without, f"{path} is not set-user-id root", f"sudo chmod u+s {path}")
+    if not os.path.exists(MTAB):
+        return Check("fusermount3", State.WARN, f"there is no {MTAB}, without which it unmounts nothing for ordinary users", MAKE_MTAB)
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip()
     return Check("fusermount3", State.ON, f"{path}, {said}")
 

@@ -21,7 +21,7 @@ from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, sync_all
 from pyoverlay.daemon.holders import daemons, described, holders, in_other_namespaces, open_proc
 from pyoverlay.errors import DaemonFailed, NoPrivilege, Refusal, printable
-from pyoverlay.fuse.mountpoint import fusermount
+from pyoverlay.fuse.mountpoint import MAKE_MTAB, MTAB, fusermount
 
 OUR_TYPE = "fuse.pyoverlay"
 
@@ -269,7 +269,7 @@ def _fusermount(point: bytes, *, lazily: bool, seconds: float) -> None:
         return
     if b"busy" in told:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-    raise NoPrivilege(point, printable(told.strip() or b"fusermount3 refused"))
+    raise NoPrivilege(point, printable(told.strip() or b"fusermount3 refused"), None, MAKE_MTAB if os.fsencode(MTAB) in told else None)
 
 
 def _busy(merged: bytes, mount: mountinfo.Mount) -> Refusal:

@@ -237,6 +237,12 @@ def open_mount_point(path: bytes) -> MountPoint:
     return MountPoint(path) if os.geteuid() == 0 else UserMountPoint(path)
 
 
+MTAB = "/etc/mtab"
+"""What fusermount3 reads to see whose a mount is. A system that was unpacked and never booted may have none (debootstrap)."""
+
+MAKE_MTAB = f"as root: ln -s /proc/self/mounts {MTAB}"
+
+
 def fusermount() -> str:
     """The path of fusermount3. Raises NoPrivilege if there is none."""
     program = shutil.which("fusermount3")
@@ -252,7 +258,8 @@ def _open_fuse_device() -> int:
     except FileNotFoundError as error:
         raise Refusal(FUSE_DEVICE, "no FUSE here", error.errno, "modprobe fuse; in a container add --device /dev/fuse") from error
     except PermissionError as error:
-        raise NoPrivilege(FUSE_DEVICE, "may not be opened", error.errno, "chmod 666 /dev/fuse, or add --device /dev/fuse") from error
+        remedy = "chmod 666 /dev/fuse; in a container add --device /dev/fuse"
+        raise NoPrivilege(FUSE_DEVICE, "may not be opened", error.errno, remedy) from error
     except OSError as error:
         is_limit = error.errno in (errno.EMFILE, errno.ENFILE)
         remedy = "raise the limit of open files (ulimit -n)" if is_limit else "modprobe fuse; in a container add --device /dev/fuse"
