@@ -90,7 +90,7 @@ class OptionString(click.types.StringParamType):
 @click.option("--quiet", "-q", is_flag=True, envvar="PYOVERLAY_QUIET", help="Log errors only.")
 @click.pass_context
 def command(
-    context: click.Context, directories: tuple[str, ...], listed: TextIO | None, foreground: bool, wait: float, **others: Any
+    context: click.Context, /, directories: tuple[str, ...], listed: TextIO | None, foreground: bool, wait: float, **others: Any
 ) -> int:
     """Show LOWER, with what is in UPPER on top of it, at MERGED.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -15,5 +16,6 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], object]]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return
+    bar: Any  # generic in what it counts, and click's releases differ in what that is where there is only a length
     with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
         yield bar.update
