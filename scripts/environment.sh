@@ -20,15 +20,8 @@ die() {
     exit 1
 }
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    elif command -v sudo >/dev/null; then
-        sudo -- "$@"
-    else
-        die "'$*' needs root and there is no sudo; run it as root, then this script again"
-    fi
-}
+can_be_root() { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -- "$@"; fi; }
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = "ii " ]; }
 
@@ -38,6 +31,9 @@ install_packages() {
     command -v dpkg-query >/dev/null || die "no dpkg here: on this distribution install by hand what docs/dependencies.md lists"
     for name in "$@"; do is_installed "$name" || missing+=("$name"); done
     [ ${#missing[@]} = 0 ] && return
+    can_be_root || die "packages are missing, and there is no sudo; as root run
+    apt-get update && apt-get install --no-install-recommends ${missing[*]}
+and then this script again"
     echo "installing with apt: ${missing[*]}"
     local apt=(env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -q -o DPkg::Lock::Timeout=300)
     as_root "${apt[@]}" update </dev/null
@@ -70,6 +66,7 @@ find_python() {
 prepare_machine() {
     # A fresh image has no package lists, and without them no candidate version.
     if [ -z "$(apt-cache policy python3-pyfuse3 2>/dev/null)" ]; then
+        can_be_root || die "there are no package lists, and no sudo; as root run apt-get update, and then this script again"
         echo "reading the package lists"
         as_root apt-get -q -o DPkg::Lock::Timeout=300 update </dev/null
     fi
