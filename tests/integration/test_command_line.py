@@ -338,6 +338,45 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     assert result.stderr.splitlines()[0] == "pyoverlay: No such command 'mont'."
 
 
+# ── in a directory that was removed ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def removed(tmp_path: Path) -> list[str]:
+    """What to put before a command that is to run in such a directory."""
+    (tmp_path / "removed").mkdir()
+    return ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(tmp_path / "removed")]
+
+
+RELATIVE = ["mount l u m", "umount m", "inspect m", "diff m", "export m", "which m/f", "commit m i"]
+
+
+@pytest.mark.parametrize("words", RELATIVE)
+def test_a_relative_path_in_a_removed_directory_is_refused_in_one_line(removed: list[str], words: str) -> None:
+    result = run([*removed, *command(*words.split())])
+    assert (result.returncode, result.stdout) == (1, "")
+    line = "the current directory was removed (No such file or directory); change to one that is there\n"
+    assert re.fullmatch(rf"pyoverlay: [.\w]: {re.escape(line)}", result.stderr)
+
+
+def test_absolute_paths_need_no_current_directory(unmounted: Overlay, removed: list[str]) -> None:
+    relative = run([*removed, *MOUNT_PROGRAM, "-o", f"lowerdir={unmounted.lower}", "m"])
+    assert (relative.returncode, relative.stderr.count("\n")) == (32, 1)
+    removed[-1] += "-too"
+    for argv in (MOUNT_PROGRAM, command("mount")):
+        Path(removed[-1]).mkdir()
+        succeeds(run([*removed, *argv, "-o", layers(unmounted), str(unmounted.merged)], unmounted))
+        Path(removed[-1]).mkdir()
+        succeeds(run([*removed, *command("umount", unmounted.merged)]))
+
+
+def test_the_root_directory_is_not_the_current_one(overlay: OverlayFactory) -> None:
+    made = overlay()
+    result = run(command("umount", "--lazy", "/"), cwd=made.merged)
+    assert (result.returncode, result.stderr.startswith("pyoverlay: /: ")) == (1, True)
+    assert made.mounted() is not None
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_a_script_for_the_shell(shell: str) -> None:
     result = pyoverlay("completion", shell)

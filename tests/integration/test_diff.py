@@ -286,6 +286,13 @@ def test_diff_as_podman_prints_it(mounted: Overlay) -> None:
     }  # fmt: skip
 
 
+def test_what_podman_leaves_out_is_left_out(overlay: OverlayFactory) -> None:
+    made = overlay({})
+    assert printed("--format", "json", made.merged) == ["{}"]
+    (made.merged / "new").touch()
+    assert printed("--format", "json", made.merged) == ['{"added": ["/new"]}']
+
+
 def test_diff_of_a_mount_of_the_kernel_s_overlay(tmp_path: Path) -> None:
     make_tree(tmp_path, {"a:b": {"f": "1", "d": {"x": ""}}, "c,d": {"g": ""}, "upper": {}, "merged": {}})
     made = KernelOverlay((tmp_path / "a:b", tmp_path / "c,d"), tmp_path / "upper", tmp_path / "merged")

@@ -140,7 +140,8 @@ def test_ps_reads_a_template_as_docker_does(mounted: Overlay) -> None:
     assert printed("ps", "--format", r"table {{.ID}}{{if eq .Status .ID}}\t{{.Pid}}{{end}}\t{{.Options}}{{if .Pid}}{{end}}")[0].split() == [
         "MOUNT", "ID", "OPTIONS"
     ]  # fmt: skip
-    assert printed("ps", "--format", "") == printed("ps")
+    assert told("ps", "--format", "{{json .}}")["Size"] == "2.82kB (virtual 2.83kB)"
+    assert [line.split()[0] for line in printed("ps", "--format", "")] == ["MOUNT", id_]
     assert printed("inspect", "-f", "", mounted.merged) == printed("inspect", mounted.merged)
 
 
@@ -408,3 +409,18 @@ def test_root_sees_a_user_s_mounts_and_a_user_the_own_ones(mounted: Overlay, hom
     finally:
         os.kill(int(daemon), signal.SIGTERM)
         assert wait_for_end([int(daemon)], 10) == []
+
+
+def test_what_a_user_may_not_read_is_named_by_its_place(home: Path) -> None:
+    for directory in ("lower/closed", "upper/closed", "other"):
+        (home / directory).mkdir(mode=0o700)
+    script = (
+        "$po diff --lower lower upper || $po export upper -o layer.tar || $po diff --lower other upper"
+        " || $po diff --lower upper lower || :"
+    )
+    result = as_user(home, script)
+    denied = "refused by the system (Permission denied)"
+    assert result.stderr.splitlines() == [
+        f"pyoverlay: upper/closed: {denied}", f"pyoverlay: upper/closed: {denied}", f"pyoverlay: {home}/other: {denied}",
+        f"pyoverlay: lower/closed: {denied}",
+    ]  # fmt: skip

@@ -332,6 +332,12 @@ def test_what_is_no_archive_is_refused_in_words(tmp_path: Path, imports: Import,
         imports(written(tmp_path / "f", content))
 
 
+def test_a_directory_that_skopeo_wrote_is_refused_by_its_name(tmp_path: Path, imports: Import) -> None:
+    make_tree(tmp_path, {"image": {"version": "Directory Transport Version: 1.1\n", "manifest.json": '{"schemaVersion": 2}'}})
+    with pytest.raises(Refusal, match=r"as skopeo's `dir:` writes it \(Invalid argument\); copy it to an `oci:` layout"):
+        imports(tmp_path / "image")
+
+
 def test_zstd_is_read_where_python_has_it(tmp_path: Path, imports: Import, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.14's module by what its documentation says of it, with zlib's format inside: what is asked of it, and what of its errors."""
 

@@ -5,15 +5,17 @@ Exit codes: 0 done, 1 refused (one line on stderr says what, why, and what to do
 
 from __future__ import annotations
 
+import errno
 import importlib
 import keyword
+import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
 from pyoverlay.cli import standard_streams
-from pyoverlay.errors import PyoverlayError
+from pyoverlay.errors import PyoverlayError, Refusal
 
 # Modules are loaded when their command is named: `pyoverlay --help` and completion stay quick.
 COMMANDS = {
@@ -102,7 +104,21 @@ def run(arguments: list[str], **extra: Any) -> int:
         return error.exit_code
     except standard_streams.ReaderHasGone:
         return 1
+    except FileNotFoundError:
+        if _is_somewhere():
+            raise
+        click.echo(f"pyoverlay: {Refusal('.', 'the current directory was removed', errno.ENOENT, 'change to one that is there')}", err=True)
+        return 1
     return result if isinstance(result, int) else 0
+
+
+def _is_somewhere() -> bool:
+    """Whether the current directory is still there: no relative path leads anywhere else."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _show_usage_error(error: click.UsageError) -> None:

@@ -11,7 +11,7 @@ import click
 
 from pyoverlay.cli.completing import mount_points, paths
 from pyoverlay.daemon.options import lowerdirs
-from pyoverlay.errors import Refusal, UsageError, printable
+from pyoverlay.errors import UsageError, printable
 from pyoverlay.report import diff, target
 from pyoverlay.report.changes import Change
 from pyoverlay.report.target import Target
@@ -52,7 +52,7 @@ def _changes(found: Target, everything: bool) -> Iterator[Change]:
         found.sync()
         yield from diff.changes(found, copy_ups=everything)
     except OSError as error:
-        raise Refusal.of(error, found.given) from error
+        raise found.refusal(error) from error
 
 
 def _show(found: Target, changes: Iterable[Change], *, stat: bool, name_only: bool, as_json: bool, as_podman: bool) -> None:

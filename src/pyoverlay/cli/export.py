@@ -12,7 +12,7 @@ from pyoverlay.cli.completing import mount_points, paths
 from pyoverlay.cli.progress import progress_bar
 from pyoverlay.cli.values import Moment
 from pyoverlay.daemon.options import lowerdirs
-from pyoverlay.errors import Refusal, UsageError
+from pyoverlay.errors import UsageError
 from pyoverlay.image import exporting, publishing
 from pyoverlay.image.exporting import Manner, Written
 from pyoverlay.report import target
@@ -69,4 +69,4 @@ def _export(found: Target, write: Callable[[bytes], object], manner: Manner) -> 
         finally:
             view.close()
     except OSError as error:
-        raise Refusal.of(error, found.given) from error
+        raise found.refusal(error) from error

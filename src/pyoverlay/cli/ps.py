@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def command(
         for mount in found:
             click.echo(mount.record.merged)
         return 0
-    sizes = _Measured(found) if with_size or (form is not None and ".Size" in form) else None
+    sizes = _Measured(found) if with_size or _asks_for_size(form) else None
     if sizes is not None:
         found = [mount for mount in found if mount.record.id not in sizes.ended]
     if as_json:
@@ -58,6 +59,11 @@ def command(
         rows = [ps.row(mount, sizes.by_id.get(mount.record.id) if sizes else None, is_cut=not no_trunc) for mount in found]
         _show(rows, form, with_size=with_size, heading=not noheading)
     return sizes.failed if sizes else 0
+
+
+def _asks_for_size(form: str | None) -> bool:
+    """By name, or for all there is: `{{json .}}`."""
+    return form is not None and re.search(r"\.Size\b|\bjson\s+\.\s*[|}]", form) is not None
 
 
 class _Measured:

@@ -6,6 +6,7 @@ module imports neither trio nor pyfuse3.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,9 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pyoverlay.daemon import report
-from pyoverlay.daemon.options import Options
 from pyoverlay.daemon.request import Request, to_memory
-from pyoverlay.errors import DaemonFailed, PyoverlayError, printable
+from pyoverlay.errors import DaemonFailed, PyoverlayError, Refusal, printable
 
 # Seconds that a daemon may take to end once it refuses or is told to end.
 _LAST_WORDS = 5.0
@@ -141,24 +141,29 @@ def _open_standard_streams() -> None:
 
 def absolute(request: Request) -> Request:
     """The request with paths that hold in the daemon's directory, which is another one. Symlinks and `..` are left to the kernel."""
-    here = os.getcwdb()
     options = request.options
     return replace(
         request,
-        merged=os.path.join(here, request.merged),
-        options=_absolute(options, here),
-        log_file=None if request.log_file is None else os.path.join(os.fsdecode(here), request.log_file),
+        merged=from_here(request.merged),
+        options=replace(
+            options,
+            lowers=tuple(map(from_here, options.lowers)),
+            data_lowers=tuple(map(from_here, options.data_lowers)),
+            upper=None if options.upper is None else from_here(options.upper),
+            work=None if options.work is None else from_here(options.work),
+        ),
+        log_file=None if request.log_file is None else os.fsdecode(from_here(os.fsencode(request.log_file))),
     )
 
 
-def _absolute(options: Options, here: bytes) -> Options:
-    return replace(
-        options,
-        lowers=tuple(os.path.join(here, lower) for lower in options.lowers),
-        data_lowers=tuple(os.path.join(here, layer) for layer in options.data_lowers),
-        upper=None if options.upper is None else os.path.join(here, options.upper),
-        work=None if options.work is None else os.path.join(here, options.work),
-    )
+def from_here(path: bytes) -> bytes:
+    """The path below the current directory, if it is not absolute anyway. Raises Refusal where that directory was removed."""
+    if path.startswith(b"/"):
+        return path
+    try:
+        return os.path.join(os.getcwdb(), path)
+    except FileNotFoundError as error:
+        raise Refusal(path, "the current directory was removed", errno.ENOENT, "change to one that is there") from error
 
 
 def _spawn(requests: Sequence[Request], end: int, *how: str) -> int:

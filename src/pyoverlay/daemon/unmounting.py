@@ -20,6 +20,7 @@ from pyoverlay import mountinfo, registry
 from pyoverlay.core import syscalls
 from pyoverlay.core.calls import Calls, sync_all
 from pyoverlay.daemon.holders import daemons, described, holders, in_other_namespaces, open_proc
+from pyoverlay.daemon.launch import from_here
 from pyoverlay.errors import DaemonFailed, NoPrivilege, Refusal, printable
 from pyoverlay.fuse.mountpoint import MAKE_MTAB, MTAB, fusermount
 
@@ -131,7 +132,7 @@ def _opened(directory: bytes) -> Iterator[int]:
 
 def _mount_point(merged: bytes) -> bytes:
     """Its path without symlinks, found without asking anything of the mount: it may hang."""
-    path = os.path.join(os.getcwdb(), merged.rstrip(b"/"))
+    path = from_here(merged.rstrip(b"/") or b"/")
     points = {mount.point for mount in mountinfo.mounts()}
     above = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     for candidate in (above,) if b".." in path.split(b"/") else (os.path.normpath(path), above):  # `..` of a symlink is where that leads

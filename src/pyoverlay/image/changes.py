@@ -60,7 +60,7 @@ def changes(view: View, *, knows_lowers: bool, name: bytes) -> Iterator[Change]:
     """What the view's top layer holds (see open_probed), in order of path, each directory followed by its opaque mark and what is in it.
 
     knows_lowers: the view has the layers below too. name: what to call the layer in a refusal. Raises Refusal for what no layer can hold,
-    OSError for what cannot be read.
+    OSError for what cannot be read, with the path in the layer as its filename where it is the upper's.
     """
     return _Walk(view, knows_lowers, name).run()
 
@@ -91,7 +91,10 @@ class _Walk:
 
     def _in_upper(self, directory: LowerDir, path: bytes, st: Stat, *, is_opaque: bool) -> Iterator[_Step]:
         """What lies in a directory of the upper, its mark first."""
-        contents = self._top.read(directory)
+        try:
+            contents = self._top.read(directory)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fsdecode(path.rstrip(b"/"))) from error
         if is_opaque or contents.hides_all:
             yield Opaque(path, st)
         for name in sorted({*contents.names, *contents.whiteouts}):

@@ -139,7 +139,7 @@ def _made(target: Target) -> Made:
         finally:
             view.close()
     except OSError as error:
-        raise Refusal.of(error, target.given) from error
+        raise target.refusal(error) from error
     return Made(target, members, size)
 
 
@@ -216,7 +216,7 @@ class _Writer:
         try:
             return exporting.write_layer(view, target, write, Manner(self.words.created), self.progress)
         except OSError as error:
-            raise Refusal.of(error, target.given) from error
+            raise target.refusal(error) from error
 
 
 @contextmanager

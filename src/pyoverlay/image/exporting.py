@@ -72,7 +72,10 @@ def measure(view: View, target: Target) -> tuple[int, int]:
 def write_layer(
     view: View, target: Target, write: Callable[[bytes], object], manner: Manner, progress: Callable[[int], object] = lambda _: None
 ) -> Written:
-    """Write the layer. `progress` is told of each piece of content, in bytes. Raises Refusal, OSError."""
+    """Write the layer. `progress` is told of each piece of content, in bytes; what `write` raises is no OSError.
+
+    Raises Refusal, OSError with the path in the layer as its filename.
+    """
     written = Written()
     sha256 = hashlib.sha256()
 
@@ -85,13 +88,16 @@ def write_layer(
         if isinstance(change, Object) and stat.S_ISSOCK(change.st.st_mode):
             written.sockets += 1
             continue
-        _add(archive, view, change, manner, progress)
+        try:
+            _add(archive, view, target.given, change, manner, progress)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fsdecode(change.path)) from error
     archive.close()
     written.digest = sha256.hexdigest()
     return written
 
 
-def _add(archive: TarWriter, view: View, change: Change, manner: Manner, progress: Callable[[int], object]) -> None:
+def _add(archive: TarWriter, view: View, given: bytes, change: Change, manner: Manner, progress: Callable[[int], object]) -> None:
     member = _member(change)
     if manner.mtime is not None:
         member = replace(member, mtime_ns=manner.mtime * 1_000_000_000)
@@ -103,7 +109,8 @@ def _add(archive: TarWriter, view: View, change: Change, manner: Manner, progres
         member = replace(member, size=os.fstat(fd).st_size, extents=_extents(fd) if manner.is_sparse else None)
         archive.add(member, _content(fd, member, progress))
     except ValueError as error:
-        raise Refusal(change.path, f"changed while it was read: {error}", errno.EBUSY, "export again when nobody writes to it") from error
+        path = os.path.join(given, change.path)
+        raise Refusal(path, f"changed while it was read: {error}", errno.EBUSY, "export again when nobody writes to it") from error
     finally:
         if change.inode is None:
             os.close(fd)

@@ -96,7 +96,7 @@ def opened(path: bytes, scratch: bytes, limit: int, wanted: str | None) -> Itera
             elif stat.S_ISREG(mode):
                 image = _in_archive(path, fd, scratch, limit, wanted, held)
             else:
-                raise Refusal(path, "neither an archive nor a directory", errno.EINVAL)
+                raise Refusal(path, "neither an archive nor a directory", errno.EINVAL, "what comes through a pipe is read from -")
         except MalformedArchive as error:
             raise Refusal(path, f"no image or layer that can be imported: {error}") from error
         except TooLarge:
@@ -215,7 +215,10 @@ def _is_image(files: Files) -> bool:
 
 def _image(files: Files, path: bytes, wanted: str | None) -> Image:
     if files.find("manifest.json") is not None:
-        found = list(_saved_images(files))
+        saved = _document(files, "manifest.json")
+        if isinstance(saved, dict) and files.find("version") is not None:
+            raise Refusal(path, "a directory of one image, as skopeo's `dir:` writes it", errno.EINVAL, "copy it to an `oci:` layout")
+        found = list(_saved_images(files, saved))
     elif files.find("index.json") is not None:
         found = list(_layout_images(files, _document(files, "index.json")))
     else:
@@ -239,9 +242,9 @@ def _choose(found: list[Candidate], path: bytes, wanted: str | None) -> Callable
     raise Refusal(path, f"{len(matching)} images in it", errno.EINVAL, f"choose one with --tag: {names}")
 
 
-def _saved_images(files: Files) -> Iterator[Candidate]:
+def _saved_images(files: Files, saved: Any) -> Iterator[Candidate]:
     """As `docker save` writes them."""
-    for entry in _list(_document(files, "manifest.json"), "manifest.json"):
+    for entry in _list(saved, "manifest.json"):
         names = tuple(str(name) for name in _list(_object(entry, "manifest.json").get("RepoTags") or [], "manifest.json"))
         yield names, partial(_saved_image, files, entry, names)
 

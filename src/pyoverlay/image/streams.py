@@ -16,6 +16,10 @@ from pyoverlay.image.tar_reader import MalformedArchive
 _CHUNK = 1 << 20
 _READ = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+_NO_ZSTD = (
+    "it is compressed with zstd, which Python reads from 3.14 on: unpack an archive with `zstd -d` first, "
+    "copy an image with `skopeo copy --dest-compress --dest-compress-format gzip`"
+)
 
 Read = Callable[[int], bytes]
 
@@ -109,7 +113,7 @@ def _zstd(compressed: Measured) -> Read:
     try:
         module = importlib.import_module("compression.zstd")
     except ImportError:
-        raise MalformedArchive("it is compressed with zstd, which Python reads from 3.14 on: unpack it with `zstd -d` first") from None
+        raise MalformedArchive(_NO_ZSTD) from None
     return _checked(module.ZstdFile(compressed, "r").read, module.ZstdError)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pyoverlay import __version__
-from pyoverlay.errors import Refusal
 from pyoverlay.report.changes import Change, Kind
 from pyoverlay.report.sizes import human
 from pyoverlay.report.tables import table
@@ -60,7 +59,7 @@ def diff(path: Named, *, lowers: Sequence[Named] = (), userxattr: bool = False, 
         target.sync()
         return [_difference(change) for change in changes(target, copy_ups=copy_ups)]
     except OSError as error:
-        raise Refusal.of(error, target.given) from error
+        raise target.refusal(error) from error
 
 
 def _difference(change: Change) -> Difference:
@@ -80,11 +79,12 @@ def line(change: Change) -> bytes:
 
 
 def as_podman(found: Iterable[Change]) -> dict[str, list[str]]:
-    """`podman diff --format json`: paths by kind."""
+    """`podman diff --format json`: paths by kind, without the kinds of which there are none."""
     by_kind: dict[Kind, list[str]] = {kind: [] for kind in Kind}
     for change in found:
         by_kind[change.kind].append("/" + os.fsdecode(change.path))
-    return {name: by_kind[kind] for name, kind in (("changed", Kind.CHANGED), ("added", Kind.ADDED), ("deleted", Kind.DELETED))}
+    names = (("changed", Kind.CHANGED), ("added", Kind.ADDED), ("deleted", Kind.DELETED))
+    return {name: by_kind[kind] for name, kind in names if by_kind[kind]}
 
 
 def as_json(target: Target, found: Iterable[Change]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Target:
             empty = masked(self.upper, self.work)
             return open_probed(self.lowers, self.policy, upper=self.upper, masked=empty, data_layers=self.data_lowers)
         except OSError as error:
-            raise Refusal.of(error, self.given) from error
+            raise self.refusal(error) from error
 
     def compare(self) -> Comparison:
         """What the upper changes, to be closed. Raises Refusal; also where the lowers are not known."""
@@ -73,7 +73,15 @@ class Target:
             known = self.spelling_is_known
             return Comparison(self.upper, self.lowers, self.policy, self.work, self.data_lowers, spelling_is_known=known)
         except OSError as error:
-            raise Refusal.of(error, self.given) from error
+            raise self.refusal(error) from error
+
+    def refusal(self, error: OSError) -> Refusal:
+        """What the system refused while layers were read. A path in the merged tree is one below what the caller has named."""
+        name = b"" if error.filename is None else os.fsencode(error.filename)
+        if name in (b"", b"."):  # a layer's root, and which can be asked for
+            layers = (self.upper, *self.lowers, *self.data_lowers)
+            name = next((layer for layer in layers if not os.access(layer, os.R_OK | os.X_OK, effective_ids=True)), b"")
+        return Refusal(os.path.join(self.given, name) if name else self.given, "refused by the system", error.errno)
 
 
 def find(path: bytes, *, lowers: Sequence[bytes] = (), data_lowers: Sequence[bytes] = (), userxattr: bool = False) -> Target:
