@@ -5,6 +5,7 @@
 
 #include "_notify.h"
 #include "_protocol.h"
+#include "_receive.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,14 +20,14 @@ enum { NOTIFY_INVAL_INODE = 2, NOTIFY_INVAL_ENTRY = 3, NOTIFY_PRUNE = 9 };
  * may wait for requests about the same inode, and so must not be made by the thread that answers them. */
 static PyObject *notify(int code, const void *fixed, size_t fixed_size, const void *tail, size_t tail_size)
 {
-	int device = wire_device() < 0 ? -1 : fcntl(wire_device(), F_DUPFD_CLOEXEC, 3);
+	int device = receiving_device() < 0 ? -1 : fcntl(receiving_device(), F_DUPFD_CLOEXEC, 3);
 	struct out_header head = { (uint32_t)(sizeof head + fixed_size + tail_size), code, 0 };
 	struct iovec iov[3] = { { &head, sizeof head }, { (void *)fixed, fixed_size }, { (void *)tail, tail_size } };
 	ssize_t n;
 	int error;
 
 	if (device < 0) {
-		errno = wire_device() < 0 ? ENOTCONN : errno;
+		errno = receiving_device() < 0 ? ENOTCONN : errno;
 		return PyErr_SetFromErrno(PyExc_OSError);
 	}
 	Py_BEGIN_ALLOW_THREADS

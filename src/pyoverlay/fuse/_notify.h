@@ -4,8 +4,6 @@
 
 #include <Python.h>
 
-int wire_device(void);                       /* -1: nothing is mounted; of _wire.c */
-
 PyObject *notify_inval_inode(PyObject *self, PyObject *args);
 PyObject *notify_inval_entry(PyObject *self, PyObject *args);
 PyObject *notify_prune(PyObject *self, PyObject *nodes);

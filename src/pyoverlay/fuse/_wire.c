@@ -4,16 +4,14 @@
  * fuse_session_destroy, so pyfuse3's calls of these arrive here; libfuse's own are found among the loaded objects. Nothing of libfuse is
  * linked or included: only `struct fuse_buf`, the same in every libfuse 3, and the kernel's protocol are declared again below.
  *
- *   receive   spins on the device and reads it with the GIL released, answers what the lane can (_lane.c) and what one plain call of
- *             Python does (_direct.c), returns everything else.
- *             Nothing to read is -EINTR, at which pyfuse3 goes back to its loop; is_idle() tells the loop whether to sleep there.
+ *   receive   returns the next request that is neither the lane's (_lane.c) nor answered by one plain call of Python (_direct.c); _receive.c
+ *             waits for it. None to read is -EINTR, at which pyfuse3 goes back to its loop; is_idle() tells the loop whether to sleep there.
  *   process   gives Python the INIT reply to change, puts the node id where the file handle was, and turns opcodes that pyfuse3 does not
  *             know into a READ of handle 0, which no file has. pyfuse3 runs that READ like any handler, with its own tasks, its own
  *             answer and its own errors; what the handler returns becomes the body of the reply, whatever the opcode was.
  *   destroy   forgets the session, so that no descriptor number outlives it.
  *
- * pyfuse3 has one session a process and one thread that receives. The callbacks and the device are used under the GIL. The request, the spin
- * and the counts are the receiver's, which has no GIL while it spins; another thread may read a count that is one behind, nothing else.
+ * pyfuse3 has one session a process and one thread that receives. The callbacks and the device are used under the GIL.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -24,18 +22,15 @@
 #include "_latency.h"
 #include "_notify.h"
 #include "_reads.h"
+#include "_receive.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <link.h>
-#include <poll.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #define INTERPOSED __attribute__((visibility("default")))
@@ -53,32 +48,13 @@ INTERPOSED int fuse_session_receive_buf(struct fuse_session *, struct fuse_buf *
 INTERPOSED void fuse_session_process_buf(struct fuse_session *, const struct fuse_buf *);
 INTERPOSED void fuse_session_destroy(struct fuse_session *);
 
-enum {
-	FIRST_CAPACITY = 128 << 10,          /* until INIT says how long a WRITE can be; the kernel refuses to fill less than 8 KiB */
-	MOST_CAPACITY = 64 << 20,
-	SLACK = 8192,                        /* headers, and the page the lane leaves free before its data */
-	BODY_SHOWN = 128,
-	FATTR_FH = 1 << 6,
-};
-/* Microseconds. SPIN is longer than a client needs from one reply to its next request; TURN is how long the loop's other tasks may be kept
- * waiting, and HELD_TURN where one of them is known to wait for a thread; requests less than BUSY apart are a client at work. Who is
- * preempted more often than once in PREEMPTED does not spin for the time CROWDED: the processor is wanted, maybe by the very client. */
-static const double SPIN = 60, TURN = 4000, HELD_TURN = 1000, BUSY = 4 * 60, PREEMPTED = 20e3, CROWDED = 100e3;
-enum { LINGER = 2 };                         /* milliseconds */
+enum { BODY_SHOWN = 128, FATTR_FH = 1 << 6 };
 
+/* What serve() was told. */
 static struct {
-	int device;                          /* -1: no session has received yet */
-	struct request now;
-	size_t wanted_capacity;
-	bool idle, active;
-	int held;                            /* what the loop waits for besides the device, and would be late for */
-	double spin, last_request, crowded_until, counted_at;
-	long preemptions;
-	uint64_t requests[OPCODES];
 	bool is_extra[OPCODES];
 	PyObject *on_init, *on_interrupt, *on_failed_page;
-	PyThreadState *without_gil;          /* the receiver's, while it has released the GIL */
-} wire = { .device = -1, .wanted_capacity = FIRST_CAPACITY };
+} wire;
 
 /* ---- libfuse's own functions ---- */
 
@@ -150,133 +126,6 @@ static bool libfuse_is_found(void)
 
 /* ---- receive ---- */
 
-static bool prepare(int device)
-{
-	if (wire.device != device) {
-		cpu_set_t cpus;
-		bool alone = sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) == 1;
-		wire.device = device;
-		wire.spin = alone ? 0 : SPIN;        /* on the only processor, spinning keeps the client from running */
-		fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK);         /* so that read() is the poll as well */
-	}
-	if (!wire.now.mem || wire.now.capacity < wire.wanted_capacity) {
-		free(wire.now.mem);
-		wire.now = (struct request){ new_buffer(wire.wanted_capacity), 0, wire.wanted_capacity };
-	}
-	wire.active = true;
-	return wire.now.mem != NULL;
-}
-
-static void pause_briefly(void)
-{
-	for (volatile int i = 0; i < 64; i++)
-		;
-}
-
-/* A wait in vain: clients that come rarely are not worth the whole of it, and BUSY ones restore it. */
-static void shorten(double *spin, double time)
-{
-	struct rusage usage;
-
-	if (*spin <= 1)
-		return;
-	*spin /= 2;
-	if (time - wire.counted_at < CROWDED / 2 || getrusage(RUSAGE_THREAD, &usage) < 0)
-		return;                      /* one alone, in a moment, is no sign */
-	if ((double)(usage.ru_nivcsw - wire.preemptions) * PREEMPTED > time - wire.counted_at) {
-		wire.crowded_until = time + CROWDED;
-		*spin = 1;
-	}
-	wire.preemptions = usage.ru_nivcsw;
-	wire.counted_at = time;
-}
-
-/* Sleeps until there is a request, for a while: a client that pauses does not cost a trip through trio's loop, which is ten times as long
- * as this call. */
-static bool comes_soon(int device)
-{
-	struct pollfd one = { device, POLLIN, 0 };
-	return !wire.held && poll(&one, 1, LINGER) > 0;
-}
-
-/* The size of the next request, 0 when the mount is gone, -EINTR when none came while it was worth waiting, else another -errno. */
-static ssize_t next_request(int device, double *spin)
-{
-	double begin = monotonic_us(), time = begin;
-
-	for (;;) {
-		ssize_t n = read(device, wire.now.mem, wire.now.capacity);
-		time = monotonic_us();
-		if (n >= (ssize_t)sizeof(struct in_header)) {
-			if (time - wire.last_request < BUSY && *spin > 0 && time >= wire.crowded_until)
-				*spin = SPIN;
-			wire.last_request = time;
-			latency_busy();
-			return n;
-		}
-		if (n == 0 || (n < 0 && errno == ENODEV))
-			return 0;
-		if (n > 0 || errno == ENOENT)        /* not a request at all, or one that was taken back while it was read */
-			continue;
-		if (errno != EAGAIN)
-			return -errno;
-		if (time - begin >= *spin) {
-			shorten(spin, time);
-			if (comes_soon(device)) {
-				begin = monotonic_us();
-				continue;
-			}
-			latency_idle();
-			wire.idle = true;
-			return -EINTR;
-		}
-		pause_briefly();
-	}
-}
-
-/* True if the request is answered, or will be. */
-static bool answer(int device)
-{
-	int fd = -1;
-
-	if (lane_answer(device, &wire.now))
-		return true;
-	uint32_t opcode = header_of(&wire.now)->opcode;
-	if (!direct_has(opcode) && opcode != OP_BATCH_FORGET)
-		return false;
-	PyEval_RestoreThread(wire.without_gil);
-	enum direct_outcome outcome = direct_answer(device, &wire.now, &fd);
-	wire.without_gil = PyEval_SaveThread();
-	if (outcome == DIRECT_SYNC)
-		lane_sync(device, &wire.now, fd);
-	return outcome == DIRECT_READY ? lane_answer(device, &wire.now) : outcome != DIRECT_NOT_AT_ONCE;
-}
-
-/* Without the GIL, but for what direct_answer() calls. */
-static ssize_t receive(int device)
-{
-	double begin = monotonic_us();
-
-	for (;;) {
-		ssize_t n = next_request(device, &wire.spin);
-		if (n <= 0)
-			return n;
-		wire.now.size = (size_t)n;
-		memset(wire.now.mem + n, 0, ZEROED);
-		if (header_of(&wire.now)->len != n) {
-			reply_to(device, header_of(&wire.now)->unique, EIO, NULL, 0);
-			continue;
-		}
-		uint32_t opcode = header_of(&wire.now)->opcode;
-		wire.requests[opcode < OPCODES ? opcode : 0]++;
-		if (!answer(device))
-			return n;
-		wire.now.size = 0;
-		if (wire.last_request - begin > (wire.held ? HELD_TURN : TURN))
-			return -EINTR;
-	}
-}
-
 /* libfuse is not told: pyfuse3 gives it nothing to call, and it would keep the message of each request that never was, or no longer is, its
  * own, to ask for it once more. By then the request has been read, since messages are read one after the other. */
 static void interrupted(const char *body, size_t size)
@@ -306,16 +155,9 @@ int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
 	if (!libfuse_is_found())
 		return -ENOSYS;
-	int device = libfuse.fd(se);
-	if (!prepare(device))
-		return -ENOMEM;
-	wire.idle = false;
-	wire.now.size = 0;
-	wire.without_gil = PyEval_SaveThread();
-	ssize_t n = receive(device);
-	PyEval_RestoreThread(wire.without_gil);
+	ssize_t n = receive(libfuse.fd(se));
 	if (n > 0)
-		*buf = (struct fuse_buf){ .size = (size_t)n, .mem = wire.now.mem, .fd = -1 };
+		*buf = (struct fuse_buf){ .size = (size_t)n, .mem = received()->mem, .fd = -1 };
 	else if (n == 0)
 		end(se);
 	return (int)n;
@@ -334,11 +176,8 @@ static uint32_t get32(const char *at)
 static void note_max_write(const char *reply, Py_ssize_t size)
 {
 	enum { MAX_WRITE_AT = sizeof(struct out_header) + 20 };
-	if (size < MAX_WRITE_AT + 4)
-		return;
-	size_t wanted = (size_t)get32(reply + MAX_WRITE_AT) + SLACK;
-	if (wanted > wire.wanted_capacity && wanted <= MOST_CAPACITY)
-		wire.wanted_capacity = wanted;
+	if (size >= MAX_WRITE_AT + 4)
+		receive_writes_of(get32(reply + MAX_WRITE_AT));
 }
 
 static void send_init_reply(int device, const char *reply, Py_ssize_t size)
@@ -449,7 +288,7 @@ void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *bu
 {
 	if (!libfuse_is_found())
 		return;
-	bool is_ours = buf->mem && buf->mem == wire.now.mem;
+	bool is_ours = buf->mem && buf->mem == received()->mem;
 	if (is_ours)
 		process(se, buf);
 	else
@@ -466,15 +305,13 @@ void fuse_session_destroy(struct fuse_session *se)
 	lane_lock();
 	lane_clear();
 	lane_unlock();
-	free(wire.now.mem);
+	receive_no_more();
 	Py_CLEAR(wire.on_init);
 	Py_CLEAR(wire.on_interrupt);
 	Py_CLEAR(wire.on_failed_page);
 	direct_set(NULL);
 	latency_set(-1);
 	memset(&wire, 0, sizeof wire);
-	wire.device = -1;
-	wire.wanted_capacity = FIRST_CAPACITY;
 	if (libfuse_is_found())
 		libfuse.destroy(se);
 }
@@ -543,14 +380,16 @@ static PyObject *serve(PyObject *self, PyObject *args)
 
 static PyObject *current(size_t limit)
 {
-	if (wire.now.size < sizeof(struct in_header)) {
+	const struct request *r = received();
+
+	if (r->size < sizeof(struct in_header)) {
 		PyErr_SetString(PyExc_LookupError, "no request is being handled");
 		return NULL;
 	}
-	const struct in_header *h = header_of(&wire.now);
-	size_t size = body_size(&wire.now);
+	const struct in_header *h = header_of(r);
+	size_t size = body_size(r);
 	return Py_BuildValue("IKKIIIy#", h->opcode, (unsigned long long)h->unique, (unsigned long long)h->nodeid, h->uid, h->gid, h->pid,
-		body_of(&wire.now), (Py_ssize_t)(size < limit ? size : limit));
+		body_of(r), (Py_ssize_t)(size < limit ? size : limit));
 }
 
 static PyObject *request(PyObject *self, PyObject *unused)
@@ -622,10 +461,10 @@ static PyObject *requests_by_opcode(void)
 {
 	PyObject *result = PyDict_New();
 
-	for (int i = 0; result && i < OPCODES; i++) {
-		if (!wire.requests[i])
+	for (uint32_t i = 0; result && i < OPCODES; i++) {
+		if (!received_of(i))
 			continue;
-		PyObject *opcode = PyLong_FromLong(i), *count = PyLong_FromUnsignedLongLong(wire.requests[i]);
+		PyObject *opcode = PyLong_FromUnsignedLong(i), *count = PyLong_FromUnsignedLongLong(received_of(i));
 		if (!opcode || !count || PyDict_SetItem(result, opcode, count) < 0)
 			Py_CLEAR(result);
 		Py_XDECREF(opcode);
@@ -652,7 +491,7 @@ static PyObject *counts(PyObject *self, PyObject *unused)
 static PyObject *is_idle(PyObject *self, PyObject *unused)
 {
 	(void)self, (void)unused;
-	return PyBool_FromLong(wire.idle || !wire.active);
+	return PyBool_FromLong(received_nothing() || !receives());
 }
 
 static PyObject *hold(PyObject *self, PyObject *args)
@@ -662,14 +501,14 @@ static PyObject *hold(PyObject *self, PyObject *args)
 	(void)self;
 	if (!PyArg_ParseTuple(args, "i", &change))
 		return NULL;
-	wire.held += change;
+	receive_beside(change);
 	Py_RETURN_NONE;
 }
 
 static PyObject *is_active(PyObject *self, PyObject *unused)
 {
 	(void)self, (void)unused;
-	return PyBool_FromLong(wire.active);
+	return PyBool_FromLong(receives());
 }
 
 /* The main program's scope holds what was loaded RTLD_GLOBAL, in order; pyfuse3, loaded later, looks there first. */
@@ -691,8 +530,6 @@ static PyObject *finds_libfuse(PyObject *self, PyObject *unused)
 	(void)self, (void)unused;
 	return PyBool_FromLong(libfuse_is_found());
 }
-
-int wire_device(void) { return wire.device; }
 
 #define FAST(function) ((PyCFunction)(void (*)(void))(function))
 
