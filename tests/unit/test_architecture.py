@@ -27,7 +27,7 @@ ROOMS = {
     "daemon": {"daemon", "fuse", "mountinfo", "registry", "core", "errors", "__init__"},
     "report": {"report", "mountinfo", "registry", "core", "errors", "__init__"},
     "image": {"image", "report", "mountinfo", "registry", "core", "errors", "__init__"},
-    "testing": {"testing", "core"},
+    "testing": {"testing", "core", "fuse"},
     "cli": {"cli", "daemon", "report", "image", "registry", "core", "errors", "__init__"},
     "__init__": {"daemon", "report", "image", "errors"},
     "__main__": {"cli"},
