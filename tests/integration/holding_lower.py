@@ -37,9 +37,10 @@ class HoldingDirectory(ServedDirectory):
             raise pyfuse3.FUSEError(errno.EIO)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        data = await super().read(fh, off, size)
         if off <= self.spoilt < off + size:
             raise pyfuse3.FUSEError(errno.EIO)
-        return await super().read(fh, off, size)
+        return data
 
     async def flush(self, fh: int) -> None:
         await self.admit("flush")

@@ -78,6 +78,7 @@ class Hung:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._waiting: list[str] = []  # what has been said of requests that wait, or did until a step
         self._line()
         self.overlay = Overlay((base / "near", base / "far"), base / "upper", base / "merged", ("-o", "stop_timeout=0.2", *options))
         self.overlay.mount()
@@ -94,19 +95,26 @@ class Hung:
         assert self.server.stdin is not None
         print(line, file=self.server.stdin, flush=True)
         while (answer := self._line()) != "done":
-            assert answer.startswith("waits ")
+            self._waiting.append(answer)
 
     def hold(self, *operations: str) -> None:
+        self._waiting.clear()
         self._tell(f"hold {' '.join(operations)}")
 
     def spoil(self, offset: int) -> None:
         self._tell(f"spoil {offset}")
 
+    def fail(self, *operations: str) -> None:
+        self._tell(f"fail {' '.join(operations)}")
+
+    def step(self) -> None:
+        self._tell("step")
+
     def release(self) -> None:
         self._tell("release")
 
     def wait_until_held(self, operation: str) -> None:
-        assert self._line() == f"waits {operation}"
+        assert (self._waiting.pop(0) if self._waiting else self._line()) == f"waits {operation}"
 
     @contextmanager
     def client(self, act: str, path: str) -> Iterator[subprocess.Popen[str]]:
@@ -250,6 +258,30 @@ def test_closing_what_was_read_of_it_holds_nobody_up(hung: Hung) -> None:
     (hung.merged / "far" / "file").write_text("changed")  # the copy takes the place of what was open
     work_elsewhere(hung.merged)
     assert (hung.merged / "far" / "file").read_text() == "changed"
+
+
+def test_closing_what_was_opened_for_a_request_holds_nobody_up(hung: Hung) -> None:
+    """Two are closed before it is known whether the file is a metacopy: that of the first beginning, and the question's own. Then that of
+    the reading thread and, first or last, the one that the reply consisted of, which was closed by who handles all requests.
+    """
+    hung.hold("flush")
+    with hung.client("cat", "far/file") as far:
+        hung.wait_until_held("flush")
+        for _ in range(3):
+            hung.wait_until_held("flush")
+            with hung.client("cat", "near/file") as near:
+                assert near.communicate(timeout=SECONDS)[0] == "near\n"
+            hung.step()
+        work_elsewhere(hung.merged)
+        hung.release()
+        assert far.communicate(timeout=SECONDS)[0] == "a far\n"
+
+
+@pytest.mark.parametrize(("act", "printed"), [("cat", "a far"), ("append", "a far+")])
+def test_a_server_that_fails_when_a_file_is_closed_has_given_what_was_read(hung: Hung, act: str, printed: str) -> None:
+    hung.fail("flush")
+    with hung.client(act, "far/file") as client:
+        assert client.communicate(timeout=SECONDS)[0] == f"{printed}\n"
 
 
 @pytest.mark.parametrize(

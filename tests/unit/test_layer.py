@@ -84,6 +84,22 @@ def test_who_wants_to_know_is_told_before_a_number_is_free() -> None:
 # -- reaching directories
 
 
+def test_a_descriptor_whose_closing_fails_is_gone_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """The error of a server, which nobody waits for: it would have ended the request that makes room, and the mount with it."""
+    cache = DescriptorCache(0)
+    held = opened(cache)
+    fd, held.is_recent = held.fd, False
+
+    def fail(fd: int) -> None:
+        os.close(fd)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    cache.closers[fd] = fail
+    cache.trim()
+    assert (held.fd, len(cache), cache.closers, is_open(fd)) == (-1, 0, {}, False)
+    assert "Disk quota exceeded" in caplog.text
+
+
 def test_a_path_longer_than_path_max_is_reached_in_pieces(tmp_path: Path) -> None:
     names = [b"n" * 200] * 40
     here = os.open(tmp_path, os.O_PATH)

@@ -10,7 +10,10 @@ from dataclasses import replace
 import pytest
 
 from pyoverlay.core import copyup, syscalls
+from pyoverlay.core.inode import Inode
 from pyoverlay.core.policy import Policy, RedirectDir, Verity
+from pyoverlay.core.syscalls import Stat
+from pyoverlay.fuse.answers import Answers
 from pyoverlay.testing import Directory, Fifo, File, HardLink, Symlink, Tree, Whiteout
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack
@@ -280,3 +283,26 @@ def test_a_new_name_by_one_that_the_upper_lacks_finds_the_data(stack: StackFacto
     one.merged.unlink("b")
     assert one.merged.read("new") == DATA
     assert one.open().read("new") == DATA
+
+
+def test_a_listing_that_fails_in_the_middle_has_told_what_comes_before(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has a reference for each entry that it was told, and for no other."""
+    names = (b"a", b"b", b"c")
+    one = stack({"a": "1", "b": "2", "c": "3"}, policy=replace(POLICY, metacopy=True))
+    view, blocks = one.merged.view, one.merged.view.blocks
+    for name in names:
+        one.merged.chmod(os.fsdecode(name), 0o600)
+    before = {name: one.merged.walk(os.fsdecode(name)).nlookup for name in names}
+    asked: list[Inode] = []
+
+    def fail(inode: Inode, st: Stat) -> int:
+        asked.append(inode)
+        if len(asked) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return blocks(inode, st)
+
+    monkeypatch.setattr(view, "blocks", fail)
+    told = {name for _, name, _ in Answers(view).entries(view.root.ino, 2, 4096)}
+    assert len(told) == 1
+    found = {name: view.lookup(view.root, name) for name in names}
+    assert {name: here[0].nlookup for name, here in found.items() if here} == {name: before[name] + (name in told) for name in names}

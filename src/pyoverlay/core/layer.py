@@ -77,13 +77,18 @@ class DescriptorCache:
         if held.fd >= 0:
             if self.before_close is not None:
                 self.before_close(held)
-            self.close_fd(held.fd)
-            held.fd = -1
+            fd, held.fd = held.fd, -1
             del self._held[held]
+            self.close_fd(fd)
 
     def close_fd(self, fd: int) -> None:
-        """Close a descriptor of a layer, which need not be in the cache."""
-        (self.closers.pop(fd, os.close) if self.closers else os.close)(fd)
+        """Close a descriptor of a layer, which need not be in the cache. Where close(2) fails it is closed all the same, and nobody is
+        left whom the error would help: what had to be durable was synced.
+        """
+        try:
+            (self.closers.pop(fd, os.close) if self.closers else os.close)(fd)
+        except OSError as error:
+            log.warning("a file of a layer was closed with an error: %s", error.strerror)
 
     def dup(self, fd: int) -> int:
         """A duplicate for `close_fd`."""

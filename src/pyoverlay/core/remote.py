@@ -16,6 +16,7 @@ Outside of a request, while mounting and in the command line, everything is aske
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -25,6 +26,8 @@ from typing import Any, TypeVar
 from pyoverlay.core import syscalls
 from pyoverlay.core.layer import Lower
 from pyoverlay.core.syscalls import Stat
+
+log = logging.getLogger(__name__)
 
 _ELSEWHERE = b"/"  # in the path to what no names alone lead to
 
@@ -59,14 +62,14 @@ class Replies:
                 self._told[key] = value
                 return
         if isinstance(value, _Opened):
-            os.close(value.fd)  # too late: nobody waits any more
+            close_unheard(value.fd)  # too late: nobody waits any more
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
         for value in self._told.values():
             if isinstance(value, _Opened):
-                value.layer.cache.close_fd(value.fd)
+                value.close()
 
 
 class NoReplies(Replies):
@@ -78,13 +81,28 @@ replies: ContextVar[Replies | None] = ContextVar("replies", default=None)
 
 
 class _Opened:
-    """A descriptor that a reply consists of; who is told gets a duplicate."""
+    """A descriptor that a reply consists of; who is told gets a duplicate. is_file: closing it asks the server."""
 
-    __slots__ = ("fd", "layer")
+    __slots__ = ("fd", "is_file", "layer")
 
-    def __init__(self, layer: RemoteLower, fd: int) -> None:
+    def __init__(self, layer: RemoteLower, fd: int, *, is_file: bool) -> None:
         self.layer = layer
         self.fd = fd
+        self.is_file = is_file
+
+    def close(self) -> None:
+        if self.is_file:
+            self.layer.close_later(self.fd)
+        else:
+            os.close(self.fd)
+
+
+def close_unheard(fd: int) -> None:
+    """close(2), at which a server may fail (FLUSH): who read has what was read, and the descriptor is gone all the same."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        log.debug("the server of a lower failed while a file was closed: %s", error.strerror)
 
 
 class Errand:
@@ -93,7 +111,13 @@ class Errand:
     def __init__(self, layer: RemoteLower, call: Callable[..., Any], *fds: int) -> None:
         self.layer = layer
         self._call = call
-        self._fds = [[os.dup(fd) for fd in fds]]
+        self._fds: list[list[int]] = [[]]
+        try:
+            for fd in fds:
+                self._fds[0].append(os.dup(fd))
+        except OSError:
+            self.drop()
+            raise
 
     def run(self) -> Any:
         """Make the call, in the thread's own context."""
@@ -103,7 +127,7 @@ class Errand:
             return self._call(*fds)
         finally:
             for fd in fds:
-                os.close(fd)
+                close_unheard(fd)
 
     def drop(self) -> None:
         """Nobody will make it, if no thread has begun to."""
@@ -186,7 +210,7 @@ class RemoteLower(Lower):
 
     def _opening(self, call: Callable[..., int]) -> Callable[..., _Opened]:
         def opened(layer: RemoteLower, fd: int, *arguments: Hashable) -> _Opened:
-            return _Opened(layer, call(layer, fd, *arguments))
+            return _Opened(layer, call(layer, fd, *arguments), is_file=call is Lower.open_read)
 
         opened.__name__ = call.__name__
         return opened

@@ -80,9 +80,10 @@ class Answers:
         return inode.ino, st, self.view.nlink(inode, st), uid, gid, blocks
 
     def _looked_up(self, inode: Inode, st: Stat) -> Shown:
-        """As shown, in an answer that gives the kernel a reference."""
+        """As shown, in an answer that gives the kernel a reference: there is none where it cannot be told yet."""
+        shown = self.shown(inode, st)
         inode.nlookup += 1
-        return self.shown(inode, st)
+        return shown
 
     def caller(self, uid: int, gid: int, umask: int) -> Caller:
         if self.owners is not None:
@@ -372,9 +373,8 @@ class Answers:
         while some := _fitting(listing.after(offset), room):
             try:
                 for offset, name, inode, st in self._found(directory, some):
-                    inode.nlookup += 1
-                    shown.append((offset, name, self.shown(inode, st)))
-            except MustAsk:
+                    shown.append((offset, name, self._looked_up(inode, st)))
+            except (MustAsk, OSError):  # what is told by then is counted, and the next request meets it again
                 if not shown:
                     raise
             if shown:

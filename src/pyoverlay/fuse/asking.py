@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import trio
 
 from pyoverlay.core.objects import failure
-from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, Round, replies
+from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, Round, close_unheard, replies
 
 THREADS = 8  # a lower
 _LOOK = 1.0  # seconds between two looks at a caller that had a signal
@@ -176,12 +176,12 @@ class Asking:
         """A fatal signal is pending as SIGKILL, whichever it was (complete_signal). Who cannot be seen is taken for killed."""
         try:
             fd = os.open(f"{thread}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
-        except OSError:
+            try:
+                status = os.read(fd, 1 << 14)
+            finally:
+                os.close(fd)
+        except OSError:  # it has ended, perhaps between the two
             return True
-        try:
-            status = os.read(fd, 1 << 14)
-        finally:
-            os.close(fd)
         return any(int(line.split()[1], 16) & _SIGKILL for line in status.splitlines() if line.startswith((b"SigPnd:", b"ShdPnd:")))
 
     def give_up(self) -> None:
@@ -206,4 +206,4 @@ class _Closer:
 
     def _run(self) -> None:
         while True:
-            os.close(self._queue.get())
+            close_unheard(self._queue.get())

@@ -433,7 +433,7 @@ class Operations(pyfuse3.Operations):
                     return
                 inode.nlookup += is_counted
                 is_begun = True
-        except MustAsk:
+        except (MustAsk, OSError):  # what is told by then is counted, and the next request meets it again
             if not is_begun:
                 raise
 

@@ -317,15 +317,15 @@ class WiredOperations(Operations):
             return await self._copy_in_thread(self.view.inode(ino_in), off_in, target, off_out, length, uid)
 
     async def _copy_in_thread(self, source: Inode, offset: int, target: Inode, offset_out: int, length: int, uid: int) -> int:
-        fd, fd_out = self.view.data_fd(source), self.view.data_fd(target, write=True)
+        fd_out = self.view.data_fd(target, write=True)
+        remote = self.view.remote_data(source)
+        fd = self.view.cache.dup(self.view.data_fd(source))  # until a thread is free it may be copied up, and its descriptor closed
         self.view.upper.is_dirty = True
         calls = self.view.upper.calls
-        source.pins += 1
         try:
-            remote = self.view.remote_data(source)
             copied = await self._pinned(target, lambda: calls.copy_file_range(fd, fd_out, length, offset, offset_out), remote)
         finally:
-            source.pins -= 1
+            self.view.cache.close_fd(fd)
         if uid:
             self._drop_privileges(target.ino)
         return copied
