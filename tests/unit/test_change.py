@@ -18,6 +18,7 @@ from pyoverlay.testing import Directory, Fifo, HardLink, Symlink, Tree, Whiteout
 from tests.crash.cases import BELOW as CASE_BELOW
 from tests.crash.cases import LOWER as CASE_LOWER
 from tests.crash.cases import RUNNABLE
+from tests.posix.check import fails
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import IS_ROOT, POLICY, Faulty, Merged, Stack, mark, timeless
 
@@ -231,6 +232,41 @@ def test_a_file_made_without_a_name_can_be_given_one(stack: StackFactory) -> Non
     assert one.merged.read("file") == one.fresh().read("file") == b"content"
     assert one.merged.walk("file") is inode
     assert one.merged.nlink("file") == 1
+
+
+def test_a_file_without_a_name_that_cannot_be_kept_leaves_nothing_open(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = stack(LOWER)
+    view, caller = one.merged.view, one.merged.caller
+    one.merged.create("file in the upper")
+    before = os.listdir("/proc/self/fd")
+
+    def fail(fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", fail)
+    with fails(errno.EMFILE):
+        change.tmpfile(view, view.root, 0o600, caller)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_last_name_of_a_lower_file_goes_though_nothing_can_be_opened(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whiteout is there by then: the name must not go on to be listed because the object could not be pinned."""
+    one = stack({"a": "lower", "b": HardLink("a")})
+    one.merged.write("a", b"upper")
+    inode = one.merged.unlink("a")
+    assert one.merged.walk("b") is inode
+    one.merged.listdir()
+
+    def fail(dirfd: int, name: bytes) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(one.merged.view.upper, "pin", fail)
+    one.merged.unlink("b")
+    assert one.merged.listdir() == []
+    assert one.merged.read_inode(inode) == b"upper"
+    assert one.disk_tree() == {}
+    one.merged.forget()
+    assert one.work_names() == []
 
 
 def test_an_unlinked_file_cannot_be_given_a_name_again(stack: StackFactory) -> None:

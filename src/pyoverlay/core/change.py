@@ -7,6 +7,7 @@ has puts a whiteout there. The steps are those of fs/overlayfs/dir.c.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from pyoverlay.core.calls import Caller, remove_tree
 from pyoverlay.core.copyup import copy_up, link_to_copy
 from pyoverlay.core.copyup_directory import copy_up_directory, mark_impure
 from pyoverlay.core.inode import Directory, Inode, Listing
-from pyoverlay.core.layer import tolerated
+from pyoverlay.core.layer import closed_on_failure, tolerated
 from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.upper import Upper
 from pyoverlay.core.view import View
+
+log = logging.getLogger(__name__)
 
 _ACL_DEFAULT = b"system.posix_acl_default"
 _LONG_REDIRECT = 1024  # bytes; ext4 says ENOSPC of an attribute that its block cannot hold
@@ -48,8 +51,10 @@ def tmpfile(view: View, parent: Directory, mode: int, caller: Caller) -> tuple[I
     upper.is_dirty = True
     with upper.calls.as_caller(caller):
         fd = upper.calls.open(b".", os.O_TMPFILE | os.O_RDWR, mode & 0o7777, view.upper_fd(parent))
-    st = upper.fstat(fd)
-    inode = view.adopt_nameless(st, os.dup(fd))
+    with closed_on_failure(fd):
+        st = upper.fstat(fd)
+        pin = os.dup(fd)
+    inode = view.adopt_nameless(st, pin)
     view.set_data_fd(inode, fd, is_writable=True)
     return inode, st
 
@@ -387,15 +392,22 @@ def lower_name_gone(view: View, inode: Inode) -> None:
     """A name of the lower object shows no more, or is the upper's now. After the last of them no link need be kept."""
     inode.lower_links -= 1
     view.links_changed(inode)
-    if inode.lower_links > 0 or not inode.kept_name:
+    if inode.lower_links > 0 or not inode.kept_name or (inode.parent is None and not _pinned_instead(view, inode)):
         return
-    upper = view.upper
-    if inode.parent is None:
-        if not view.can_pin():
-            return
-        view.table.pin(inode, upper.pin(upper.work_fd, inode.kept_name))
-    upper.discard(inode.kept_name)
+    view.upper.discard(inode.kept_name)
     inode.kept_name = b""
+
+
+def _pinned_instead(view: View, inode: Inode) -> bool:
+    """A descriptor in the place of the kept name, if there may be one. The name is gone for its caller: nothing here may fail."""
+    if not view.can_pin():
+        return False
+    try:
+        view.table.pin(inode, view.upper.pin(view.upper.work_fd, inode.kept_name))
+    except OSError as error:
+        log.info("an object without a name keeps one in the work directory: %s", error.strerror)
+        return False
+    return True
 
 
 @contextmanager
