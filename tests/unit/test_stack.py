@@ -6,7 +6,9 @@ import errno
 import os
 import resource
 import stat
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from pyoverlay.core import syscalls
 from pyoverlay.core.policy import Fsync
-from pyoverlay.core.stack import keeps_order, open_view
+from pyoverlay.core.stack import keeps_order, open_probed, open_view
 from pyoverlay.core.view import View
 from pyoverlay.testing import Directory, File, Tree, Whiteout, is_whiteout, make_tree, snapshot
 from tests.unit.conftest import StackFactory
@@ -41,6 +43,46 @@ def test_a_missing_layer_is_named_and_nothing_stays_open(layers: Path, missing: 
         opened(layers, **{missing: layers / "nowhere"})
     assert os.fspath(layers / "nowhere") in os.fsdecode(caught.value.filename)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+OPENING = (
+    *((syscalls, name) for name in ("open_tree", "mount_setattr", "openat2", "statx", "fstatfs_type")),
+    *((os, name) for name in ("open", "fstat", "fstatvfs", "statvfs", "stat", "getxattr", "mkdir", "scandir")),
+)
+
+
+@pytest.mark.parametrize("open_layers", ["open_view", "open_probed"])
+def test_whichever_call_fails_while_layers_are_opened_nothing_stays_open(layers: Path, open_layers: str) -> None:
+    """A program may ask for the difference of two trees as often as it likes, one of them on a server that is gone."""
+    before, at, failed = len(os.listdir("/proc/self/fd")), 0, 0
+    while True:
+        at += 1
+        made: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in OPENING:
+                patch.setattr(module, name, partial(_failing, made, at, name, getattr(module, name)))
+            try:
+                view = opened(layers) if open_layers == "open_view" else probed(layers)
+            except OSError as error:
+                assert error.errno == errno.EIO
+                failed += 1
+            else:
+                view.close()
+        assert len(os.listdir("/proc/self/fd")) == before, f"{made[-1]}, call {at}"
+        if len(made) < at:
+            break
+    assert failed > 10
+
+
+def _failing(made: list[str], at: int, name: str, call: Callable[..., object], *arguments: object, **named: object) -> object:
+    made.append(name)
+    if len(made) == at:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return call(*arguments, **named)
+
+
+def probed(layers: Path) -> View:
+    return open_probed([os.fsencode(layers / "lower")], POLICY, upper=os.fsencode(layers / "upper"), masked=frozenset())
 
 
 @pytest.mark.parametrize("place", ["upper", "work"])

@@ -59,7 +59,6 @@ class Objects:
         self.before_drop: Callable[[Inode], None] | None = None  # told of each inode that goes: its number may then be another's
         self._upper = upper
         self._reported: set[bytes] = set()
-        self.origins = Origins(lowers, with_uuid=policy.uuid is not Uuid.OFF)
         self.index: Index | None = None
         self.remotes = tuple(lower for lower in (*lowers, *data_layers) if isinstance(lower, RemoteLower))
         roots = tuple(lower.root for lower in lowers)
@@ -71,6 +70,7 @@ class Objects:
         self.root.has_xattr_whiteouts = upper is not None and upper.getmark(upper.root_fd, b".", marks.OPAQUE) == b"x"
         self.root.nlookup = 1
         self.table.add(self.root)
+        self.origins = Origins(lowers, with_uuid=policy.uuid is not Uuid.OFF)  # opens something, so nothing after it may fail
 
     @cached_property
     def upper(self) -> Upper:

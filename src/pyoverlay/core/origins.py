@@ -19,10 +19,14 @@ class Origins:
     def __init__(self, lowers: Iterable[Layer], *, with_uuid: bool = True) -> None:
         self.with_uuid = with_uuid
         self._filesystems: dict[int, tuple[bytes, int, Layer]] = {}
-        for lower in lowers:
-            if lower.fs not in self._filesystems:
-                fd = readable_dir(lower.root_fd)
-                self._filesystems[lower.fs] = (syscalls.filesystem_uuid(fd) if with_uuid else bytes(16), fd, lower)
+        try:
+            for lower in lowers:
+                if lower.fs not in self._filesystems:
+                    fd = readable_dir(lower.root_fd)
+                    self._filesystems[lower.fs] = (syscalls.filesystem_uuid(fd) if with_uuid else bytes(16), fd, lower)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         for _, fd, _ in self._filesystems.values():

@@ -55,12 +55,13 @@ def open_view(
         lower_layers: list[Lower] = []
         for index, path in enumerate((*lowers, *data_layers), start=1):
             root, is_clone = _open_lower(path, policy)
-            fs = _filesystem(root, filesystems)
-            kind = Lower if is_local(root) else RemoteLower
-            lower = kind(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
+            with closed_on_failure(root):
+                fs = _filesystem(root, filesystems)
+                kind = Lower if is_local(root) else RemoteLower
+                lower = kind(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=policy.whiteouts)
+                if is_clone:
+                    _open_no_devices(root)  # now that the layer knows what the mount it comes from says of them
             lower.override = policy.override.attribute
-            if is_clone:
-                _open_no_devices(root)  # now that the layer knows what the mount it comes from says of them
             lower_layers.append(lower)
             opened.append(lower)
         shown, data = tuple(lower_layers[: len(lowers)]), tuple(lower_layers[len(lowers) :])
@@ -134,8 +135,9 @@ def open_probed(
     try:
         for index, (path, whiteouts) in enumerate(wanted, start=1 if upper is not None else 2):
             root, is_clone = _open_lower(path, policy)
-            fs = _filesystem(root, filesystems)
-            opened.append(ProbedLower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=whiteouts))
+            with closed_on_failure(root):
+                fs = _filesystem(root, filesystems)
+                opened.append(ProbedLower(root, index, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, whiteouts=whiteouts))
             opened[-1].override = policy.override.attribute
         shown = len(opened) - len(data_layers)
         return View(tuple(opened[:shown]), None, policy, cache, masked, tuple(opened[shown:]))
@@ -208,9 +210,10 @@ def _open_upper(
         if is_clone:
             upper_fd, work_fd = _clone_both(upper, upper_fd, work, work_fd)
         inner = _open_inner_work(calls, work_fd, work)
-        fs = _filesystem(upper_fd, filesystems)
-        layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync, calls=calls)
-        layer.keeps_order = keeps_order(upper_fd)
+        with closed_on_failure(inner):
+            fs = _filesystem(upper_fd, filesystems)
+            layer = Upper(upper_fd, inner, fs, is_clone=is_clone, mark_prefix=prefix, cache=cache, fsync=policy.fsync, calls=calls)
+            layer.keeps_order = keeps_order(upper_fd)
         layer.override = policy.override.attribute
         layer.reads_aufs = policy.whiteouts is Whiteouts.AUFS
         layer.doubts_owners = policy.overflow_is_mapped

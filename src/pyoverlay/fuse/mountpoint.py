@@ -90,8 +90,8 @@ class MountPoint:
     def __init__(self, path: bytes) -> None:
         self.path = path
         self._name = os.path.basename(path)
-        self._mountinfo = mountinfo.open_mountinfo()
         self._above = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+        self._mountinfo = mountinfo.open_mountinfo()
         self.mount: mountinfo.Mount | None = None
 
     def close(self) -> None:
@@ -189,8 +189,8 @@ class UserMountPoint(MountPoint):
     """A mount point of an ordinary user, through fusermount3."""
 
     def __init__(self, path: bytes) -> None:
-        super().__init__(path)
         self._program = fusermount()
+        super().__init__(path)
         # Reads one word a line and answers with the exit status; ends with its standard input. A session of its own: the
         # terminal's interrupt is for the daemon, which then wants this process. It is in the directory above, whatever that is called then.
         self._unmounter = subprocess.Popen(
