@@ -255,7 +255,10 @@ def _read(directory: int, name: str) -> Record:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
             raise ValueError("no record")
-        record = _record(json.load(file))
+        try:
+            record = _record(json.load(file))
+        except RecursionError:  # lists in lists in lists
+            raise ValueError("no record") from None
     if record.id != name.removesuffix(SUFFIX) or not _is_sound(record):
         raise ValueError("no record")
     return replace(record, owner=status.st_uid)

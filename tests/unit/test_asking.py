@@ -77,7 +77,7 @@ def test_a_daemon_whose_queue_is_full_is_left_out(listeners: list[tuple[Record, 
     assert ask([record], 10) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"[" * 100_000])
 def test_an_end_without_an_answer_is_an_empty_one(listeners: list[tuple[Record, socket.socket]], content: bytes) -> None:
     record, listener = listeners[0]
     daemon = say(listener, content)

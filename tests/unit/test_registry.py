@@ -142,11 +142,16 @@ def test_without_a_directory_there_are_no_mounts(directory: Path) -> None:
     assert registry.live() == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"id": "x", "merged": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"id": "x", "merged": 1}', "[" * 100_000, "1", '"x"', "\udcff"])
 def test_a_file_that_is_no_record_is_passed_over(directory: Path, content: str) -> None:
     new = written(of_this_process())
-    (directory / "0.json").write_text(content)
+    (directory / f"{registry.new_id()}.json").write_text(content, errors="surrogateescape")
     assert registry.records() == [new]
+
+
+def test_a_file_in_the_place_of_the_directory_holds_no_records(directory: Path) -> None:
+    directory.write_text("")
+    assert registry.records() == []
 
 
 def test_what_a_later_release_adds_to_a_record_is_passed_over(directory: Path) -> None:

@@ -74,6 +74,6 @@ def _collect(waiting: dict[int, tuple[str, socket.socket, bytearray]], answers: 
 def _parsed(content: bytes) -> dict[str, Any]:
     try:
         told = json.loads(content)
-    except ValueError:  # it ended in the middle of a sentence
+    except (ValueError, RecursionError):  # it ended in the middle of a sentence; lists in lists in lists
         return _NOBODY
     return told if isinstance(told, dict) else _NOBODY
