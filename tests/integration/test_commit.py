@@ -321,6 +321,17 @@ def test_only_a_layout_is_written_to(changed: Overlay, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "full") == ["mine"]
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[1]"])
+def test_a_layout_that_tells_docker_something_else_is_left_alone(changed: Overlay, tmp_path: Path, content: str) -> None:
+    commit(changed.merged, f"{tmp_path}/app:1")
+    (tmp_path / "app/manifest.json").write_text(content)
+    before = tree(tmp_path / "app")
+    refused = commit(changed.merged, f"{tmp_path}/app:2", check=False)
+    remedy = "remove it, or name another OCI layout"
+    assert refused.stderr == f"pyoverlay: {tmp_path}/app: its manifest.json is none of Docker's (Invalid argument); {remedy}\n"
+    assert (refused.returncode, tree(tmp_path / "app")) == (1, before)
+
+
 def test_names_that_docker_refuses_are_refused_before_anything_is_done(changed: Overlay, tmp_path: Path) -> None:
     refused = commit(changed.merged, f"{tmp_path}/app:1", "--name", "Upper Case:1", check=False)
     reason = "Docker takes no image called 'Upper Case:1'; say what it shall call it with --name"

@@ -149,6 +149,16 @@ def test_what_is_malformed_is_refused(data: bytes, reason: str) -> None:
         list(members(data))
 
 
+def test_global_headers_without_end_are_not_kept_in_memory() -> None:
+    """Each before a member of its own, and with other keys than the ones before."""
+    def described(number: int) -> bytes:
+        plain = archive(file(b"f", xattrs=((b"user.%07d" % number, b"v" * 60_000),)))
+        return header(plain, 156, b"g")[: -2 * BLOCK]
+
+    with pytest.raises(MalformedArchive, match="more than 1048576 bytes of global extended headers"):
+        list(members(b"".join(map(described, range(20)))))
+
+
 def test_headers_without_end_are_not_read_into_memory() -> None:
     """A thousand extended headers before one member, each small."""
     block = archive(file(b"f", xattrs=((b"user.a", b"v" * 4000),)))[: 9 * BLOCK]

@@ -197,6 +197,7 @@ def test_attributes_that_would_be_marks_stay_a_programs_own(layer: Layer) -> Non
         ([directory(b".wh.d")], "a directory whose name begins with .wh."),
         ([file(b".wh.d/f")], "a directory whose name begins with .wh."),
         ([file(b"%d" % number) for number in range(11)], "more than 10 members"),
+        ([file(b"d/" * 10 + b"f")], "more than 10 members"),
     ],
 )
 def test_what_is_hostile_is_refused(layer: Layer, items: list[Item], reason: str) -> None:

@@ -132,7 +132,7 @@ class Layout:
     def _publish(self, entry: Document, tag: str, saved: Document, name: str) -> None:
         index = read_index(self._path)
         index["manifests"] = [other for other in index["manifests"] if tag_of(other) != tag] + [entry]
-        before = self._read("manifest.json")
+        before = _read_saved(self._path)
         images = [*_without(before or [], name), saved]
         fd = os.open(self._path, _OPEN_DIR)
         try:
@@ -152,13 +152,6 @@ class Layout:
     def _replace(self, name: str, document: Any) -> None:
         with replacing(self._inside(name), 0o666) as file:
             file.write(_encoded(document))
-
-    def _read(self, name: str) -> Any:
-        try:
-            with open(self._inside(name), "rb") as file:
-                return json.load(file)
-        except FileNotFoundError:
-            return None
 
     def undo(self) -> None:
         """Take the blobs away that were added."""
@@ -220,6 +213,7 @@ def _locked(path: bytes) -> Iterator[None]:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         read_index(path)
+        _read_saved(path)
         os.makedirs(os.path.join(path, b"blobs/sha256"), exist_ok=True)
         yield
     finally:
@@ -243,6 +237,20 @@ def read_index(path: bytes) -> Document:
     if not isinstance(index, dict) or not isinstance(index.get("manifests"), list):
         raise Refusal(path, "its index.json is none of an OCI layout's", errno.EINVAL, remedy)
     return index
+
+
+def _read_saved(path: bytes) -> list[Document] | None:
+    """What the layout at `path` says to Docker; None: nothing. Raises Refusal where that is something else than Docker writes."""
+    try:
+        with open(os.path.join(path, b"manifest.json"), "rb") as file:
+            images = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        images = None
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        raise Refusal(path, "its manifest.json is none of Docker's", errno.EINVAL, "remove it, or name another OCI layout")
+    return images
 
 
 def tag_of(entry: Any) -> str | None:

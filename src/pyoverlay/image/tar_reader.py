@@ -14,7 +14,7 @@ from itertools import pairwise
 from pyoverlay.image.tar_member import BLOCK, HEADER, XATTR_PREFIX, Kind, Member, checksum, padding
 
 _CHUNK = 1 << 20
-_EXTENDED_MAX = 1 << 20  # bytes that describe one member: the kernel takes 64 KiB of attributes, names are shorter
+_EXTENDED_MAX = 1 << 20  # bytes that describe one member, or all: the kernel takes 64 KiB of attributes, names are shorter
 _NUMBER_MAX = (1 << 63) - 1
 _ID_MAX = (1 << 32) - 2  # -1 means "no id" to the kernel
 _RECORD = re.compile(rb"([0-9]{1,7}) ")
@@ -87,6 +87,8 @@ class TarReader:
     def _extend(self, flag: bytes, value: bytes, records: Records) -> None:
         if flag == b"g":
             self._globals.update(_parse_records(value))
+            if sum(len(key) + len(text) for key, text in self._globals.items()) > _EXTENDED_MAX:
+                raise MalformedArchive(f"more than {_EXTENDED_MAX} bytes of global extended headers")
         elif flag == b"x":
             records += _parse_records(value)
         elif flag in b"LK":

@@ -38,7 +38,9 @@ class Unacceptable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a layer may hold. members: at most so many. takes_devices: device nodes are made; else refused."""
+    """What a layer may hold. members: at most so many, with the directories that none of them names. takes_devices: device nodes are made;
+    else refused.
+    """
 
     members: int = 2_000_000
     takes_devices: bool = False
@@ -46,7 +48,9 @@ class Terms:
 
 @dataclass(slots=True)
 class Unpacked:
-    """What was unpacked: members; and of how many an ordinary user could not keep the owner's powers (set-id bits, capabilities)."""
+    """What was unpacked. members: see Terms. disarmed: of how many an ordinary user could not keep the owner's powers (set-id bits,
+    capabilities).
+    """
 
     members: int = 0
     disarmed: int = 0
@@ -60,9 +64,7 @@ def unpack(reader: TarReader, root: int, terms: Terms) -> Unpacked:
     layer = _Layer(root, terms)
     try:
         for member in reader:
-            layer.done.members += 1
-            if layer.done.members > terms.members:
-                raise Unacceptable(member.name, f"more than {terms.members} members", "raise the limit with --max-entries")
+            layer.count(member.name)
             try:
                 layer.add(member, reader)
             except OSError as error:
@@ -103,6 +105,12 @@ class _Layer:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def count(self, name: bytes) -> None:
+        """One more is made."""
+        self.done.members += 1
+        if self.done.members > self._terms.members:
+            raise Unacceptable(name, f"more than {self._terms.members} members", "raise the limit with --max-entries")
 
     def add(self, member: Member, reader: TarReader) -> None:
         path = _components(member.name)
@@ -254,6 +262,7 @@ class _Layer:
     def _make_implied(self, path: tuple[bytes, ...]) -> None:
         if path[-1].startswith(marks.AUFS_PREFIX):
             raise Unacceptable(b"/".join(path), "a directory whose name begins with .wh.")
+        self.count(b"/".join(path))
         dirfd = self._directory(path[:-1])
         was_deleted = self._take_whiteout_away(dirfd, path[-1])
         try:
