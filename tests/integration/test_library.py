@@ -77,6 +77,25 @@ def test_what_cannot_be_mounted_is_refused_in_the_commands_words(layers: Path) -
     assert mounts_below(layers) == []
 
 
+def test_a_daemon_that_has_refused_is_no_zombie(layers: Path) -> None:
+    """A program may try for as long as it runs."""
+    before = children()
+    with pytest.raises(pyoverlay.PyoverlayError, match="the lower does not exist"):
+        mount(lowers=[layers / "nowhere"], merged=layers / "merged")
+    assert children() == before
+
+
+def children() -> str:
+    """Of this process's threads."""
+    return " ".join(file.read_text() for file in Path("/proc/self/task").glob("*/children"))
+
+
+def test_a_daemon_that_cannot_be_started_is_refused_in_words(layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(DaemonFailed, match="/nonexistent/python: the daemon cannot be started"):
+        mount(lowers=[layers / "base"], merged=layers / "merged")
+
+
 def test_a_block_that_fails_unmounts_too(layers: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         with mount(lowers=[layers / "base"], merged=layers / "merged"):

@@ -39,11 +39,11 @@ def mount(request: Request, wait: float) -> int:
     wait: seconds it may take. Raises PyoverlayError with the daemon's own reason, DaemonFailed if it gave none.
     """
     said, end = os.pipe()
-    try:
-        pid = _spawn([absolute(request)], end)
-    finally:
-        os.close(end)
     with open(said, encoding="utf-8") as pipe:
+        try:
+            pid = _spawn([absolute(request)], end)
+        finally:
+            os.close(end)
         try:
             if not select.select([pipe], [], [], wait)[0]:
                 os.kill(pid, signal.SIGTERM)  # it unmounts what it may have mounted by now
@@ -63,6 +63,8 @@ def _wait_for_end(pid: int) -> None:
         return
     select.select([pidfd], [], [], _LAST_WORDS)
     os.close(pidfd)
+    with suppress(ChildProcessError):  # one of several is the starter's child
+        os.waitpid(pid, os.WNOHANG)  # a program that mounts from Python would keep it as a zombie
 
 
 @dataclass(slots=True)

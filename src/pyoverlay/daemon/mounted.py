@@ -62,8 +62,8 @@ def mount(
     """Show `lowers` (the first on top), with what is in `upper` on top of them, at `merged`; return when the mount answers.
 
     upper: None mounts read-only. work: on the upper's file system; None: beside it, made if missing. options: as `pyoverlay mount -o` takes
-    them, without layers. log_file: None: syslog. wait: seconds that it may take. Raises Refusal, OptionRefused, DaemonFailed, with nothing
-    left behind.
+    them, without layers. log_file: None: syslog. wait: seconds that it may take. Raises OptionRefused, DaemonFailed, or another
+    PyoverlayError with what the daemon says of a mount that it refuses; nothing is left behind then.
     """
     chosen = parse([options])
     if chosen.lowers or chosen.upper is not None or chosen.work is not None:
