@@ -7,6 +7,7 @@ os.stat, 2026-11); what sits in a hot path is said so at the caller.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -140,7 +141,7 @@ def fchmodat(dirfd: int, name: bytes, mode: int) -> None:
     """chmod of a name without following it: fchmodat2(2) from Linux 6.6, else through an O_PATH descriptor."""
     if _syscall(_long(_SYS_fchmodat2), _long(dirfd), _path(name), _long(mode), _long(AT_SYMLINK_NOFOLLOW)) == 0:
         return
-    if ctypes.get_errno() != 38:  # ENOSYS
+    if ctypes.get_errno() != errno.ENOSYS:
         raise _failed(name)
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
     try:
@@ -152,8 +153,8 @@ def fchmodat(dirfd: int, name: bytes, mode: int) -> None:
 def utimensat(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     """utimensat(2) on the name itself, never on what a symlink points to. None leaves a time alone. Empty name: dirfd itself."""
     times = b"".join(
-        struct.pack("qq", 0, UTIME_OMIT) if time is None else struct.pack("qq", *divmod(time, 1_000_000_000)) for time in (atime_ns,
-        mtime_ns)
+        struct.pack("qq", 0, UTIME_OMIT) if time is None else struct.pack("qq", *divmod(time, 1_000_000_000))
+        for time in (atime_ns, mtime_ns)
     )
     if _utimensat(dirfd, name, times, AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH):
         raise _failed(name)
@@ -267,7 +268,7 @@ def measure_verity(fd: int) -> tuple[int, bytes] | None:
     try:
         reply = fcntl.ioctl(fd, FS_IOC_MEASURE_VERITY, struct.pack("HH", 0, 64) + bytes(64))
     except OSError as error:
-        if error.errno in (61, 25, 95, 38):  # ENODATA, ENOTTY, EOPNOTSUPP, ENOSYS
+        if error.errno in (errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS):
             return None
         raise
     algorithm, size = struct.unpack_from("HH", reply)
@@ -362,4 +363,4 @@ def setfsids(uid: int, gid: int) -> None:
     _setfsgid(gid)
     _setfsuid(uid)
     if _setfsuid(0xFFFFFFFF) != ctypes.c_int(uid).value or _setfsgid(0xFFFFFFFF) != ctypes.c_int(gid).value:
-        raise OSError(22, os.strerror(22))
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

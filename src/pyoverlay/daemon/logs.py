@@ -101,7 +101,7 @@ class SyslogHandler(logging.Handler):
         try:
             self._socket.send(line.encode(errors="replace"))
         except OSError:  # syslogd is gone or full: logging must not end what it describes
-            self._socket_failed = True
+            self.handleError(record)
 
 
 def _severity(record: logging.LogRecord) -> int:

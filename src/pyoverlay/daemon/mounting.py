@@ -5,6 +5,7 @@ Everything that opens a path comes before the mount. What is made before it is t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -114,7 +115,7 @@ def mount_options(options: Options, lowers: Sequence[Directory], *, privileged: 
     """
     flags = [os.fstatvfs(lower.fd).f_flag for lower in lowers] if privileged else []
     if not privileged and (options.suid or options.dev):
-        raise NoPrivilege("-o suid,dev", "only root's mounts may have them", 1, "leave them out")
+        raise NoPrivilege("-o suid,dev", "only root's mounts may have them", errno.EPERM, "leave them out")
     return MountOptions(
         source=options.source or "pyoverlay",
         subtype=options.subtype,

@@ -21,6 +21,7 @@ class Report:
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
+        self._is_said = False
 
     def ready(self) -> None:
         """The mount answers."""
@@ -31,8 +32,6 @@ class Report:
         if self._fd is None and not self._is_said:
             sys.stderr.write(f"pyoverlay: {error}\n")
         self._say({"refused": str(error), "mount_status": error.mount_status, "exit_code": error.exit_code})
-
-    _is_said = False
 
     def _say(self, message: dict[str, object]) -> None:
         self._is_said = True

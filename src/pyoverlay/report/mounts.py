@@ -16,8 +16,6 @@ from pyoverlay.core.policy import Policy
 from pyoverlay.errors import Refusal
 from pyoverlay.report import asking
 
-OUR_TYPE = "fuse.pyoverlay"
-
 
 class State(Enum):
     """How a mount is; the value is what a person reads."""
