@@ -379,7 +379,7 @@ def test_the_root_directory_is_not_the_current_one(overlay: OverlayFactory) -> N
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_a_script_for_the_shell(shell: str) -> None:
-    result = pyoverlay("completion", shell)
+    result = pyoverlay("completion", shell, PATH="/nonexistent")
     assert (result.returncode, result.stderr) == (0, "")
     assert "_PYOVERLAY_COMPLETE" in result.stdout
     if shutil.which(shell):

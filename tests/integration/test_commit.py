@@ -336,10 +336,22 @@ def test_names_that_docker_refuses_are_refused_before_anything_is_done(changed: 
     refused = commit(changed.merged, f"{tmp_path}/app:1", "--name", "Upper Case:1", check=False)
     reason = "Docker takes no image called 'Upper Case:1'; say what it shall call it with --name"
     assert refused.stderr == f"pyoverlay: {tmp_path}/app: {reason}\n"
+    for name in ("app/Upper:1", "a..b:1", "host:port/app:1", "-host/app:1"):
+        assert f"no image called {name!r}" in commit(changed.merged, f"{tmp_path}/app:1", "--name", name, check=False).stderr
     refused = commit(changed.merged, f"{tmp_path}/app:-1", check=False)
     assert "'-1' is no tag" in refused.stderr
     assert commit("-n", changed.merged, f"{tmp_path}/app:-1", check=False).stderr == refused.stderr
     assert not (tmp_path / "app").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("other", "other:1"), ("localhost:5000/a/b", "localhost:5000/a/b:1"), ("Reg.example.com:443/app:2", "Reg.example.com:443/app:2")],
+)
+def test_an_image_may_be_called_as_docker_calls_them(changed: Overlay, tmp_path: Path, given: str, name: str) -> None:
+    commit(changed.merged, f"{tmp_path}/app:1", "--name", given)
+    (entry,) = json.loads((tmp_path / "app/manifest.json").read_text())
+    assert entry["RepoTags"] == [name]
 
 
 def test_what_is_not_mounted_has_no_base(changed: Overlay, tmp_path: Path) -> None:

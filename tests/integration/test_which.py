@@ -117,6 +117,20 @@ def test_which_of_a_read_only_mount(overlay: OverlayFactory) -> None:
     assert which(made.merged / "f").stdout == f"{made.merged}/f: lower 1\n    is     {made.lower}/f\n"
 
 
+def test_what_is_mounted_inside_is_not_taken_for_the_layers(overlay: OverlayFactory, tmp_path: Path) -> None:
+    made = overlay({"d": {"f": "lower"}, "e": {}})
+    (tmp_path / "other").mkdir()
+    subprocess.run(["mount", "--bind", tmp_path / "other", made.merged / "d"], check=True)
+    try:
+        for path in (made.merged / "d", made.merged / "d/f"):
+            result = subprocess.run(command("which", path), check=False, capture_output=True, text=True, timeout=30)
+            said = f"pyoverlay: {path}: on another mount, at {made.merged}/d; unmount that to see what the layers have there\n"
+            assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
+        assert subprocess.run(command("which", made.merged / "e"), check=False, capture_output=True, timeout=30).returncode == 0
+    finally:
+        subprocess.run(["umount", made.merged / "d"], check=True)
+
+
 def test_which_outside_of_a_mount_says_so(tmp_path: Path) -> None:
     result = which(tmp_path)
     assert (result.returncode, result.stdout) == (1, "")

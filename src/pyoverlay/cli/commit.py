@@ -31,7 +31,7 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("merged", metavar="MERGED", shell_complete=mount_points)
 @click.argument("image", metavar="LAYOUT[:TAG]", shell_complete=paths)
-@click.option("--name", metavar="NAME:TAG", envvar="PYOVERLAY_NAME", help="What Docker shall call it.  [default: LAYOUT's last part]")
+@click.option("--name", metavar="NAME[:TAG]", envvar="PYOVERLAY_NAME", help="What Docker shall call it.  [default: LAYOUT's last part]")
 @click.option("--author", "-a", metavar="TEXT", envvar="PYOVERLAY_AUTHOR", help="Who made it.")
 @click.option("--message", "-m", metavar="TEXT", envvar="PYOVERLAY_MESSAGE", help="What the image's history says of the change.")
 @click.option("--mtime", type=Moment(), metavar="SECONDS", envvar="PYOVERLAY_MTIME", help="Time of everything that is new, since 1970.")
@@ -44,8 +44,8 @@ def command(
 
     LAYOUT is made if there is none; TAG is `latest` unless given.
     """
-    path, tag = _path_and_tag(image)
-    name = name or f"{os.path.basename(os.path.abspath(path)).lower()}:{tag}"
+    path, tag = _name_and_tag(image, "latest")
+    name = "{}:{}".format(*_name_and_tag(name or os.path.basename(os.path.abspath(path)).lower(), tag))
     committing.require_names(os.fsencode(path), tag, name)
     plan = committing.plan(target.find(os.fsencode(merged)))
     is_there = any(layout.tag_of(entry) == tag for entry in layout.read_index(os.fsencode(path))["manifests"])
@@ -60,9 +60,10 @@ def command(
     click.echo(digest)
 
 
-def _path_and_tag(image: str) -> tuple[str, str]:
-    path, colon, tag = image.rpartition(":")
-    return (path, tag) if colon and "/" not in tag else (image, "latest")
+def _name_and_tag(image: str, default: str) -> tuple[str, str]:
+    """What stands before the tag of `NAME:TAG`, and that; a colon before a slash is a port's, or a directory's."""
+    name, colon, tag = image.rpartition(":")
+    return (name, tag) if colon and "/" not in tag else (image, default)
 
 
 def _described(plan: Plan) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import ShellComplete, get_completion_class
 
 EPILOG = """\b
 Examples:
@@ -19,4 +19,5 @@ def command(ctx: click.Context, shell: str) -> None:
     """Print what makes SHELL complete pyoverlay's commands and options."""
     completion = get_completion_class(shell)
     assert completion is not None
-    click.echo(completion(ctx.find_root().command, {}, "pyoverlay", "_PYOVERLAY_COMPLETE").source())
+    # The base class's: that of bash looks for a bash first, and fails where there is none.
+    click.echo(ShellComplete.source(completion(ctx.find_root().command, {}, "pyoverlay", "_PYOVERLAY_COMPLETE")))

@@ -32,7 +32,10 @@ _CHUNK = 1 << 20
 _COMMITTED_BY = "pyoverlay commit"
 # What Docker's own builder says of the container that an image was made in.
 _OF_A_CONTAINER = ("container", "container_config", "docker_version", "id", "parent")
-_NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+# Names of images, by the grammar of distribution/reference: a registry, which may have a port, and a path.
+_HOST = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_STEP = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_NAME = re.compile(rf"(?:{_HOST}(?:\.{_HOST})*(?::[0-9]+)?/)?{_STEP}(?:/{_STEP})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 Progress = Callable[[int], object]

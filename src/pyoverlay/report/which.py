@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyoverlay import __version__, registry
+from pyoverlay import __version__, mountinfo, registry
 from pyoverlay.core import marks
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import Lower, LowerDir
@@ -75,8 +75,18 @@ def mount_of(path: bytes) -> tuple[registry.Record, list[bytes]]:
         above = [record for record in mounts.believed() if (real + b"/").startswith(record.merged.rstrip(b"/") + b"/")]
         if above:
             record = max(above, key=lambda record: (len(record.merged), record.started))
+            _require_no_mount_between(path, real, record.merged)
             return record, [name for name in real[len(record.merged) :].split(b"/") if name]
     raise Refusal(path, "in no mount of pyoverlay", remedy="pyoverlay ps lists those there are")
+
+
+def _require_no_mount_between(path: bytes, real: bytes, merged: bytes) -> None:
+    """Raises Refusal for what lies on another mount inside of this one: the layers say nothing of that."""
+    inside = [mount.point for mount in mountinfo.mounts() if mount.point.startswith(merged.rstrip(b"/") + b"/")]
+    between = [point for point in inside if (real + b"/").startswith(point + b"/")]
+    if between:
+        place = printable(max(between, key=len))
+        raise Refusal(path, f"on another mount, at {place}", remedy="unmount that to see what the layers have there")
 
 
 def open_layers(record: registry.Record) -> Layers:
