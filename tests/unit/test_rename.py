@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pyoverlay.core.change import path_in_lowers
 from pyoverlay.core.inode import Directory as MergedDirectory
+from pyoverlay.core.names import path_in_lowers
 from pyoverlay.core.policy import Policy, RedirectDir
 from pyoverlay.core.rename import rename
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT

@@ -20,11 +20,11 @@ from types import TracebackType
 
 from pyoverlay.core import copyup, marks
 from pyoverlay.core.calls import Order
-from pyoverlay.core.change import bring_up, in_upper
 from pyoverlay.core.copyup import Copy
 from pyoverlay.core.copyup_directory import copy_up_directory, keeping_times
 from pyoverlay.core.inode import Directory, Inode
 from pyoverlay.core.layer import tolerated
+from pyoverlay.core.names import bring_up, in_upper
 from pyoverlay.core.objects import failure
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View

@@ -12,7 +12,11 @@ import os
 from typing import NamedTuple
 
 from pyoverlay.core import marks
-from pyoverlay.core.change import (
+from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, mark_impure
+from pyoverlay.core.detach import detach
+from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
+from pyoverlay.core.layer import Place, tolerated
+from pyoverlay.core.names import (
     bring_up,
     count_names,
     exchange_for_whiteout,
@@ -29,10 +33,6 @@ from pyoverlay.core.change import (
     require_nameable,
     set_redirect,
 )
-from pyoverlay.core.copyup_directory import copy_attributes, copy_up_directory, mark_impure
-from pyoverlay.core.detach import detach
-from pyoverlay.core.inode import UPPER, Directory, Inode, Listing, key_of
-from pyoverlay.core.layer import Place, tolerated
 from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import RedirectDir
 from pyoverlay.core.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
