@@ -543,6 +543,16 @@ def test_a_daemon_that_cannot_even_start_is_told_in_one_line(place: Place) -> No
     assert line == "the daemon failed: ZeroDivisionError: broken on purpose"
 
 
+def test_a_bug_before_the_mount_answers_is_told_in_one_line(place: Place) -> None:
+    """It went to the log alone: the caller heard that the daemon had ended, and to try again with -f."""
+    bug = "from pyoverlay.fuse.mountpoint import MountPoint\nMountPoint._attach = lambda self, fd, options: 1 / 0\n"
+    (place.top / "bug").mkdir()
+    (place.top / "bug/sitecustomize.py").write_text(bug)
+    path = os.pathsep.join([str(place.top / "bug"), *filter(None, sys.path)])
+    line = refused(place, place.lower, place.upper, place.merged, code=None, PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
+    assert line == f"{place.merged}: the daemon failed: ZeroDivisionError: division by zero"
+
+
 def test_a_refusal_in_the_foreground_is_the_same_line(place: Place) -> None:
     line = refused(place, "-f", place.lower, "/nonexistent", place.merged, code=errno.ENOENT)
     assert line.startswith("/nonexistent: the upper does not exist ")

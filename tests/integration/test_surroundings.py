@@ -270,3 +270,66 @@ def test_a_mount_in_the_background_can_wait_for_its_children_where_its_caller_ig
     )
     assert result.returncode == 1
     assert "add user_allow_other to /etc/fuse.conf" in result.stderr
+
+
+FEW_THREADS = """
+import trio
+
+calls = 0
+plain = trio.to_thread.run_sync
+
+async def run_sync(call, *arguments, **how):
+    global calls
+    calls += 1
+    if 1 < calls < {until}:
+        raise RuntimeError("can't start new thread")
+    return await plain(call, *arguments, **how)
+
+run_sync.__signature__ = __import__("inspect").signature(plain)
+trio.to_thread.run_sync = run_sync
+"""
+
+
+@pytest.mark.parametrize("wire", ["1", "0"])
+def test_where_no_thread_can_be_started_nothing_fails_and_nothing_is_lost(
+    overlay: OverlayFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wire: str
+) -> None:
+    """Past RLIMIT_NPROC of a user, or pids.max of a container: a copy-up was EIO, and SIGTERM ended the daemon before it had synced."""
+    (tmp_path / "sitecustomize.py").write_text(FEW_THREADS.format(until=6))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    monkeypatch.setenv("PYOVERLAY_WIRE", wire)
+    made, log = logged(overlay, {"file": b"x" * (3 << 20)})
+    with (made.merged / "file").open("r+b", buffering=0) as file:
+        file.write(b"changed")
+        os.fsync(file.fileno())
+    with watched(daemon_of(made)) as poll:
+        os.kill(daemon_of(made), signal.SIGTERM)
+        end_of(poll)
+    assert "no thread can be started: trying again until one can be" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert made.mounted() is None
+    assert (made.writable / "file").read_bytes() == b"changed" + b"x" * ((3 << 20) - 7)
+
+
+NO_PROCESS = """
+import errno
+import subprocess
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **how):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+subprocess.Popen = Popen
+"""
+
+
+@pytest.mark.root
+def test_a_limit_of_processes_is_named(home: Path) -> None:
+    """What was missing was told as a bug, or not at all."""
+    (home / "sitecustomize.py").write_text(NO_PROCESS)
+    result = as_user(home, "PYTHONPATH=$PWD:$PYTHONPATH $po mount lower upper merged")
+    assert result.stderr == (
+        "pyoverlay: /bin/sh: cannot be started (Resource temporarily unavailable);"
+        " raise the limit of processes (ulimit -u; pids.max of a container)\n"
+    )
+    assert result.returncode == 1

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from pyoverlay.daemon import report
 from pyoverlay.daemon.request import Request, from_memory
-from pyoverlay.errors import PyoverlayError
+from pyoverlay.errors import DaemonFailed, PyoverlayError, printable
 
 
 def main() -> int:
@@ -78,6 +78,9 @@ def _serve(request: Request, caller: report.Report) -> int:
         return error.exit_code
     except SystemExit:
         return 1
+    except Exception as error:  # a bug, or what no refusal foresees: told here to the caller, and by the hook to the log
+        caller.refuse(DaemonFailed(f"{printable(request.merged)}: the daemon failed: {type(error).__name__}: {error}"))
+        raise
     return 0
 
 

@@ -20,6 +20,7 @@ import trio
 
 from pyoverlay.core.objects import failure
 from pyoverlay.core.remote import Errand, MustAsk, NoReplies, RemoteLower, Replies, Round, close_unheard, replies
+from pyoverlay.fuse import threads
 
 THREADS = 8  # a lower
 _LOOK = 1.0  # seconds between two looks at a caller that had a signal
@@ -140,7 +141,7 @@ class Asking:
             self._hold(1)
             try:
                 if not told.is_given_up and not self._is_over:
-                    return await trio.to_thread.run_sync(errand.run, limiter=self._limiters[errand.layer], **{ABANDON: True})
+                    return await threads.run(errand.run, limiter=self._limiters[errand.layer], **{ABANDON: True})
             finally:
                 self._hold(-1)
                 told.scopes.discard(scope)
@@ -151,8 +152,7 @@ class Asking:
         """A call that cannot be left alone, by one of the layer's threads."""
         self._hold(1)
         try:
-            result: T = await trio.to_thread.run_sync(call, limiter=self._limiters[layer])
-            return result
+            return await threads.run(call, limiter=self._limiters[layer])
         finally:
             self._hold(-1)
 

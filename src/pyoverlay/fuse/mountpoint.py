@@ -17,6 +17,8 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pyoverlay import mountinfo
@@ -193,11 +195,12 @@ class UserMountPoint(MountPoint):
         super().__init__(path)
         # Reads one word a line and answers with the exit status; ends with its standard input. A session of its own: the
         # terminal's interrupt is for the daemon, which then wants this process. It is in the directory above, whatever that is called then.
-        self._unmounter = subprocess.Popen(
-            ["/bin/sh", "-c", 'while read -r how; do "$0" $how -- "$1" >/dev/null 2>&1; echo $?; done', self._program, self._name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=f"/proc/self/fd/{self._above}",
-            start_new_session=True,
-        )  # fmt: skip
+        with _startable("/bin/sh"):
+            self._unmounter = subprocess.Popen(
+                ["/bin/sh", "-c", 'while read -r how; do "$0" $how -- "$1" >/dev/null 2>&1; echo $?; done', self._program, self._name],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=f"/proc/self/fd/{self._above}",
+                start_new_session=True,
+            )  # fmt: skip
 
     def close(self) -> None:
         """End the small process too."""
@@ -211,7 +214,7 @@ class UserMountPoint(MountPoint):
     def _attach(self, fd: int, options: MountOptions) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours:
-            with theirs:
+            with theirs, _startable(self._program):
                 result = subprocess.run(
                     ["fusermount3", "-o", options.words, "--", self.path], executable=self._program,
                     env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
@@ -230,6 +233,16 @@ class UserMountPoint(MountPoint):
         self._unmounter.stdin.flush()
         if self._unmounter.stdout.readline() != b"0\n":
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fsdecode(self.path))
+
+
+@contextmanager
+def _startable(program: str) -> Iterator[None]:
+    """Refusal where there is no process to be had for a program."""
+    try:
+        yield
+    except BlockingIOError as error:
+        remedy = "raise the limit of processes (ulimit -u; pids.max of a container)"
+        raise Refusal(program, "cannot be started", error.errno, remedy) from error
 
 
 def open_mount_point(path: bytes) -> MountPoint:

@@ -20,8 +20,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import trio
-
 from pyoverlay.core import attributes, copyup
 from pyoverlay.core.calls import Caller
 from pyoverlay.core.inode import Inode
@@ -29,7 +27,7 @@ from pyoverlay.core.policy import Fsync
 from pyoverlay.core.remote import Errand, MustAsk
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
-from pyoverlay.fuse import detaching
+from pyoverlay.fuse import detaching, threads
 from pyoverlay.fuse.answers import SELF_AND_ABOVE, Answers, NotAtOnce, Shown
 from pyoverlay.fuse.asking import Asking, Header
 from pyoverlay.fuse.binding import pyfuse3
@@ -212,8 +210,10 @@ class Operations(pyfuse3.Operations):
         return False
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        result: T = await trio.to_thread.run_sync(call, *arguments)
-        return result
+        try:
+            return await threads.run(call, *arguments)
+        except threads.NoThread:
+            return call(*arguments)  # everybody waits for it, and nobody gets an error
 
     async def _copied_up(self, ino: int, *, attributes_only: bool = True) -> Inode:
         inode = self.view.inode(ino)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import trio
 
 from pyoverlay.errors import Refusal, printable
-from pyoverlay.fuse import loop, opcodes
+from pyoverlay.fuse import loop, opcodes, threads
 from pyoverlay.fuse.asking import ABANDON, Asking
 from pyoverlay.fuse.binding import pyfuse3, wire
 from pyoverlay.fuse.capabilities import Wanted
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Requests that may wait for something at once, each by a task of pyfuse3's; with all of them waiting it would read no further request.
 _MOST_TASKS = 10_000
+
+_AGAIN = 0.1  # seconds between two attempts to get a thread
 
 # A second one of these ends the daemon at once.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -92,6 +94,7 @@ class Session:
         # Not one of them may end the process between the mount and the receiver: that would leave a dead mount.
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_at)
         try:
+            threads.require(self._point.path)
             trio.run(self._run, options, _Course(on_mount, on_answer, stop_at, on_signal or {}))
         finally:
             # Closing the connection first: whoever waits in the mount gets ENOTCONN, and nothing that follows can wait for us.
@@ -167,10 +170,20 @@ class Session:
         pyfuse3.terminate()
 
 
-def _in_thread(function: Callable[[], None]) -> Awaitable[None]:
-    """Run it in a thread that is left alone when the session ends: it waits for requests that nobody answers any more."""
-    awaitable: Awaitable[None] = trio.to_thread.run_sync(function, **{ABANDON: True})
-    return awaitable
+async def _in_thread(function: Callable[[], None]) -> None:
+    """Run it in a thread that is left alone when the session ends: it waits for requests that nobody answers any more.
+
+    Where there is no thread to be had it waits for one: done here it would wait for itself.
+    """
+    is_told = False
+    while True:
+        try:
+            return await threads.run(function, **{ABANDON: True})
+        except threads.NoThread:
+            if not is_told:
+                log.warning("no thread can be started: trying again until one can be")
+            is_told = True
+            await trio.sleep(_AGAIN)  # nobody tells when one can be started
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from pyoverlay.core.policy import Fsync, Override
 from pyoverlay.core.remote import Errand, RemoteLower, replies
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.core.view import View
-from pyoverlay.fuse import direct, opcodes
+from pyoverlay.fuse import direct, opcodes, threads
 from pyoverlay.fuse.answers import Answers, NotAtOnce, Shown
 from pyoverlay.fuse.asking import Header, Told
 from pyoverlay.fuse.binding import Wire, pyfuse3
@@ -304,7 +304,11 @@ class WiredOperations(Operations):
                 if error.errno != errno.ENOENT:
                     raise
 
-        await self._in_thread(notify)
+        self._hold(1)
+        try:
+            await threads.run(notify)  # never on the loop: it waits for requests that are served there
+        finally:
+            self._hold(-1)
 
     @extra
     async def copy_file_range(self, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int, flags: int) -> int:
