@@ -104,6 +104,17 @@ def test_an_open_file_outlives_its_index_entry(one: Stack) -> None:
     assert entries(one) == []
 
 
+def test_names_that_came_with_the_copy_keep_it_in_the_index(one: Stack) -> None:
+    for path in ("a", "b", "d/c"):
+        one.merged.walk(path)
+    one.merged.chmod("a", 0o600)
+    one.merged.unlink("a")
+    assert len(entries(one)) == 1
+    one.merged.unlink("b")
+    one.merged.unlink("d/c")
+    assert entries(one) == []
+
+
 def test_with_metacopy_the_other_names_find_the_data(stack: StackFactory) -> None:
     data = os.urandom(9000)
     one = stack({"d": {"a": data}, "b": HardLink("d/a")}, policy=replace(INDEXED, metacopy=True))
@@ -166,6 +177,19 @@ def test_what_leads_nowhere_goes_and_what_is_no_entry_is_refused(one: Stack) -> 
     assert refused(one).errno == errno.EINVAL
     (index / "name").unlink()
     one.open()
+
+
+def test_a_copy_whose_count_is_lost_goes_with_its_last_name(one: Stack) -> None:
+    one.merged.chmod("a", 0o600)
+    one.close()
+    (entry,) = entries(one)
+    os.removexattr(entry, "trusted.overlay.nlink")
+    one.open()
+    assert entries(one) == [entry]
+    one.close()
+    (one.upper / "a").unlink()  # behind our back
+    one.open()
+    assert entries(one) == []
 
 
 def test_a_directory_in_the_place_of_a_copy_is_eio(one: Stack) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pyoverlay.core import marks
 from pyoverlay.core.marks import Origin, check_redirect, decode_origin, encode_origin, escape_xattr, unescape_xattr
 from pyoverlay.core.syscalls import FileHandle
+from tests.posix.check import fails
 
 UUID = bytes(range(16))
 HANDLE = FileHandle(1, b"\x01\x02\x03\x04\x05\x06\x07\x08")
@@ -123,3 +124,18 @@ def test_other_names_are_left_as_they_are() -> None:
 def test_whatever_a_caller_sets_is_listed_under_the_same_name(prefix: bytes, rest: bytes, is_mark: bool) -> None:
     name = prefix + rest if is_mark else b"user." + rest
     assert unescape_xattr(escape_xattr(name, prefix), prefix) == name
+
+
+@pytest.mark.parametrize("digest", [None, marks.Digest(1, b"d" * 32), marks.Digest(2, b"d" * 64)])
+def test_a_metacopy_mark_is_read_back_as_it_was_written(digest: marks.Digest | None) -> None:
+    assert marks.decode_metacopy(marks.encode_metacopy(digest)) == digest
+
+
+@pytest.mark.parametrize("value", [b"\0", b"\0\3\0", b"\1\4\0\0", b"\0\5\0\0", b"\0\4\0\1d"], ids=bytes.hex)
+def test_a_metacopy_mark_of_another_version_or_length_is_eio(value: bytes) -> None:
+    with fails(errno.EIO):
+        marks.decode_metacopy(value)
+
+
+def test_a_metacopy_mark_without_an_algorithm_demands_no_digest() -> None:
+    assert marks.decode_metacopy(b"\0\4\0\0") is None

@@ -228,6 +228,16 @@ def test_an_upper_directory_that_comes_to_a_merged_parent_is_opaque_before_it_do
     assert one.merged.listdir("d") == one.fresh().listdir("d") == ["file"]
 
 
+@pytest.mark.parametrize(("name", "is_impure"), [("new", False), ("lower_file", True)])
+def test_a_directory_is_impure_where_something_of_a_lower_came_to_it(stack: StackFactory, name: str, is_impure: bool) -> None:
+    """Only there are inode numbers looked up by origin, which costs each entry an attribute (ovl_rename)."""
+    one = stack(LOWER)
+    one.merged.create("new")
+    one.merged.mkdir("made")
+    one.merged.rename(name, "made/moved")
+    assert (mark("impure") in os.listxattr(one.upper / "made")) is is_impure
+
+
 @pytest.mark.parametrize("redirect_dir", [RedirectDir.OFF, RedirectDir.FOLLOW, RedirectDir.NOFOLLOW])
 def test_without_redirects_a_lower_directory_is_exdev_and_a_new_one_moves_and_hides(stack: StackFactory, redirect_dir: RedirectDir) -> None:
     policy = Policy(userxattr=POLICY.userxattr, privileged=POLICY.privileged, redirect_dir=redirect_dir)
