@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from pyoverlay.testing import Directory, File, Symlink
+from pyoverlay.testing import Directory, File, OverlayFactory, Symlink
 from tests.integration.looks import OPAQUE, REDIRECT, WHITEOUT, Here, layers, mark, shape
 from tests.posix.check import NOBODY, as_user, fails
 
@@ -38,6 +39,34 @@ def test_a_removed_attribute_of_a_lower_object_stays_removed(alone: Here) -> Non
         with fails(errno.ENODATA):
             os.getxattr(alone.merged / name, attribute, follow_symlinks=False)
         assert os.listxattr(alone.merged / name, follow_symlinks=False) == []
+
+
+def _filling(path: Path) -> dict[str, bytes]:
+    """Attributes for all the room that there is; on ext4 that is a block and some hundred bytes beside the inode."""
+    found: dict[str, bytes] = {}
+    path.write_bytes(b"")
+    for size in (3000, 1000, 300, 100, 40, 20, 10, 5, 2, 1, 0) * 2:
+        try:
+            os.setxattr(path, f"user.{len(found)}", bytes(size))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            found[f"user.{len(found)}"] = bytes(size)
+    return found
+
+
+@pytest.mark.parametrize("size", [5, 1 << 20])  # bytes: of a copy-up by one call, and by many
+def test_a_file_whose_attributes_fill_their_room_is_copied_up(overlay: OverlayFactory, tmp_path: Path, size: int) -> None:
+    """The mark that says where it came from found no room, and every change of such a file was ENOSPC."""
+    given = _filling(tmp_path / "scratch")
+    made = overlay({"f": File(b"x" * size, xattrs=given)})
+    number = os.stat(made.merged / "f").st_ino
+    os.chmod(made.merged / "f", 0o600)
+    with open(made.merged / "f", "ab") as file:
+        file.write(b"y")
+    assert {name: os.getxattr(made.writable / "f", name) for name in os.listxattr(made.merged / "f")} == given
+    assert (made.writable / "f").read_bytes() == b"x" * size + b"y"
+    assert os.stat(made.merged / "f").st_ino == number
 
 
 @layers({"f": b"x", "d": {"g": b"g"}})

@@ -338,7 +338,8 @@ def publish(view: View, copy: Copy) -> None:
         copy.fd = upper.open_write(upper.work_fd, copy.temporary)  # it was parked, and somebody reads the lower's
     copy.source = view.lower_place(inode)  # its descriptor may have been closed while fill ran
     origin = view.origins.of(copy.source) if inode.parent is not None else None
-    copy_attributes(upper, copy.source, copy.st, copy.temporary, origin, keeps_mtime=not copy.is_truncation)
+    is_indexed = _goes_to_index(view, copy)
+    copy_attributes(upper, copy.source, copy.st, copy.temporary, origin, is_indexed=is_indexed, keeps_mtime=not copy.is_truncation)
     real = os.fstat(copy.fd) if copy.fd >= 0 else os.stat(copy.temporary, dir_fd=upper.work_fd, follow_symlinks=False)
     if inode.parent is None:
         _publish_orphan(view, copy, real)
@@ -348,7 +349,7 @@ def publish(view: View, copy: Copy) -> None:
         copy_up_directory(view, parent)
         if origin is not None:
             mark_impure(view, parent)
-    if _goes_to_index(view, copy):
+    if is_indexed:
         _publish_indexed(view, copy, real)
         return
     _name(view, copy, names)

@@ -24,7 +24,14 @@ from pyoverlay.core.view import View
 
 
 def copy_attributes(
-    upper: Upper, source: Place, st: Stat, name: bytes, origin: marks.Origin | None = None, *, keeps_mtime: bool = True
+    upper: Upper,
+    source: Place,
+    st: Stat,
+    name: bytes,
+    origin: marks.Origin | None = None,
+    *,
+    is_indexed: bool = False,
+    keeps_mtime: bool = True,
 ) -> None:
     """Owner, xattrs and origin, mode, times, in this order, onto something in the work directory.
 
@@ -38,7 +45,7 @@ def copy_attributes(
     upper.calls.chown(dirfd, name, st.st_uid if uid is None else uid, st.st_gid if gid is None else gid)
     copy_xattrs(upper, source, dirfd, name)
     if origin is not None:
-        upper.set_origin(dirfd, name, origin)
+        upper.set_origin(dirfd, name, origin, is_indexed=is_indexed)
     if not stat.S_ISLNK(st.st_mode):
         upper.calls.chmod(dirfd, name, _mode(source.layer, st))
     upper.calls.utimens(dirfd, name, st.st_atime_ns, st.st_mtime_ns if keeps_mtime else None)

@@ -266,12 +266,15 @@ class Upper(Layer):
             self._make_spare()
         return self.takes_devices
 
-    def set_origin(self, dirfd: int, name: bytes, origin: marks.Origin) -> None:
-        """Where it came from. Not worth failing for: without it an inode number changes at the next mount (ovl_set_origin)."""
+    def set_origin(self, dirfd: int, name: bytes, origin: marks.Origin, *, is_indexed: bool = False) -> None:
+        """Where it came from. Not worth failing for: without it an inode number changes at the next mount (ovl_set_origin). But it is what
+        an index knows its entries by.
+        """
         try:
             self.set_mark(dirfd, name, marks.ORIGIN, marks.encode_origin(origin))
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):  # user.* on a symlink or a device
+            # user.* on a symlink or a device; or the file's own attributes take all the room that it has for them
+            if is_indexed or error.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.ENOSPC):
                 raise
 
     def discard_at(self, dirfd: int, name: bytes) -> None:

@@ -257,7 +257,7 @@ static bool set_origin(const struct job *j)
 	snprintf(name, sizeof name, "%sorigin", j->mark_prefix);
 	if (may_call("setxattr") && fsetxattr(j->copy_fd, name, j->origin, j->origin_size, 0) == 0)
 		return true;
-	return errno == EOPNOTSUPP || errno == EPERM;
+	return errno == EOPNOTSUPP || errno == EPERM || errno == ENOSPC;
 }
 
 static bool set_mode_and_times(const struct job *j)

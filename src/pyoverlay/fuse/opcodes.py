@@ -113,7 +113,7 @@ class _Extra(NamedTuple):
 
 
 _FALLOCATE = struct.Struct("<8xQQI4x")
-_LSEEK = struct.Struct("<8xQI4x")
+_LSEEK = struct.Struct("<8xqI4x")
 _OFFSET = struct.Struct("<Q")
 _COPY = struct.Struct("<8xQQ8xQQQ")
 _COPIED = struct.Struct("<I4x")

@@ -298,6 +298,18 @@ def acls_that_make_no_sense_are_refused(d: Path) -> None:
     assert mode_of(d / "f") == 0o644
 
 
+@check(file("f"), folder("d"))
+def an_acl_that_is_not_there_can_be_removed(d: Path) -> None:
+    for name, attribute in (("f", ACL_ACCESS), ("d", ACL_ACCESS), ("d", ACL_DEFAULT)):
+        os.removexattr(d / name, attribute)
+        os.setxattr(d / name, attribute, acl())
+        os.setxattr(d / name, attribute, _NAMED)
+        for _ in range(2):
+            os.removexattr(d / name, attribute)
+        with fails(errno.ENODATA):
+            os.getxattr(d / name, attribute)
+
+
 @check(file("f", uid=SOMEBODY))
 def only_the_owner_sets_an_acl(d: Path) -> None:
     def try_to_set() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from pathlib import Path
 
-from tests.posix.check import check, file, link, opened
+from tests.posix.check import check, fails, file, link, opened
 
 PAGE = mmap.PAGESIZE
 
@@ -131,6 +132,14 @@ def seek_data_never_passes_over_data(d: Path) -> None:
         assert os.lseek(fd, 32 << 20, os.SEEK_DATA) == 32 << 20
         assert os.lseek(fd, 32 << 20, os.SEEK_HOLE) > 32 << 20
         assert os.lseek(fd, (64 << 20) - 1, os.SEEK_HOLE) <= 64 << 20
+
+
+@check(_sparse)
+def seek_data_and_seek_hole_before_the_beginning_are_enxio(d: Path) -> None:
+    with opened(d / "sparse", os.O_RDONLY) as fd:
+        for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            with fails(errno.ENXIO):
+                os.lseek(fd, -1, whence)
 
 
 @check(file("f", os.urandom(0) + bytes(range(256)) * 8192))
