@@ -10,6 +10,7 @@ import pytest
 
 from pyoverlay.core import attributes
 from pyoverlay.core.attributes import Wanted
+from pyoverlay.core.syscalls import NOW
 from pyoverlay.testing import Directory, Fifo, File, Symlink
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import IS_ROOT, mark
@@ -23,6 +24,18 @@ def test_all_attributes_at_once_come_out_as_wanted(stack: StackFactory) -> None:
     assert (stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, st.st_size, st.st_atime_ns, st.st_mtime_ns) == (0o6755, uid, gid, 3, 1, -1)
     assert (one.upper / "file").read_bytes() == b"con"
     assert (one.lower_for_reading() / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("name", ["file", "d", "link"])
+def test_now_is_the_time_of_the_change(stack: StackFactory, name: str) -> None:
+    """By the clock that stamps the change itself, and no other."""
+    one = stack({"file": File("x", mtime_ns=5), "d": Directory({}, mtime_ns=5), "link": Symlink("file", mtime_ns=5)})
+    one.merged.setattr(name, Wanted(atime_ns=NOW, mtime_ns=NOW), follow=False)
+    st = os.lstat(one.upper / name)
+    assert st.st_atime_ns == st.st_mtime_ns == st.st_ctime_ns
+    one.merged.setattr(name, Wanted(atime_ns=7, mtime_ns=NOW), follow=False)
+    st = os.lstat(one.upper / name)
+    assert (st.st_atime_ns, st.st_mtime_ns) == (7, st.st_ctime_ns)
 
 
 def test_what_is_not_wanted_is_left_alone(stack: StackFactory) -> None:

@@ -21,7 +21,7 @@ from pyoverlay.core.view import View
 
 @dataclass(slots=True)
 class Wanted:
-    """What setattr shall change; None leaves it. Times in ns since the epoch, size in bytes."""
+    """What setattr shall change; None leaves it. Times in ns since the epoch, or `syscalls.NOW`; size in bytes."""
 
     mode: int | None = None
     uid: int | None = None

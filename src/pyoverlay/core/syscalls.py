@@ -40,7 +40,8 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
 _CAPABILITY_HEADER = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
 
-UTIME_OMIT = (1 << 30) - 2
+UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
+NOW = 1 << 100  # ns; no file can have it: the time by the kernel's own clock when the call is made
 
 # System call numbers above 423 are the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
 _SYS_open_tree, _SYS_openat2, _SYS_faccessat2, _SYS_mount_setattr, _SYS_fchmodat2 = 428, 437, 439, 442, 452
@@ -150,12 +151,17 @@ def fchmodat(dirfd: int, name: bytes, mode: int) -> None:
         os.close(fd)
 
 
+def _timespec(time_ns: int | None) -> bytes:
+    if time_ns is None:
+        return struct.pack("qq", 0, UTIME_OMIT)
+    return struct.pack("qq", 0, UTIME_NOW) if time_ns == NOW else struct.pack("qq", *divmod(time_ns, 1_000_000_000))
+
+
 def utimensat(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """utimensat(2) on the name itself, never on what a symlink points to. None leaves a time alone. Empty name: dirfd itself."""
-    times = b"".join(
-        struct.pack("qq", 0, UTIME_OMIT) if time is None else struct.pack("qq", *divmod(time, 1_000_000_000))
-        for time in (atime_ns, mtime_ns)
-    )
+    """utimensat(2) on the name itself, never on what a symlink points to. None leaves a time alone, NOW is UTIME_NOW. Empty name: dirfd
+    itself.
+    """
+    times = _timespec(atime_ns) + _timespec(mtime_ns)
     if _utimensat(dirfd, name, times, AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH):
         raise _failed(name)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyoverlay.core.attributes import Wanted
 from pyoverlay.core.remote import MustAsk
+from pyoverlay.core.syscalls import NOW
 from pyoverlay.fuse.answers import NotAtOnce
 
 if TYPE_CHECKING:
@@ -68,14 +68,13 @@ def functions(answers: Answers) -> dict[int, Direct]:
         owner = answers.owner(uid if valid & _UID else None, gid if valid & _GID else None)
         if not valid & _SIZE and answers.goes_to_lane(ino):
             return None
-        now = time.time_ns()  # one for both times
         wanted = Wanted(
             mode=mode if valid & _MODE else None,
             uid=owner[0],
             gid=owner[1],
             size=size if valid & _SIZE else None,
-            atime_ns=now if valid & _ATIME_NOW else atime * SECOND + atime_ns if valid & _ATIME else None,
-            mtime_ns=now if valid & _MTIME_NOW else mtime * SECOND + mtime_ns if valid & _MTIME else None,
+            atime_ns=NOW if valid & _ATIME_NOW else atime * SECOND + atime_ns if valid & _ATIME else None,
+            mtime_ns=NOW if valid & _MTIME_NOW else mtime * SECOND + mtime_ns if valid & _MTIME else None,
         )
         return answers.setattr(ino, wanted, drops_privileges=bool(valid & _KILL_SUIDGID))
 
