@@ -5,6 +5,7 @@ copied it up.
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from dataclasses import dataclass
 
@@ -109,6 +110,24 @@ def write(view: View, inode: Inode, data: bytes, offset: int) -> int:
     if 0 < written < len(data) and offset + len(data) <= view.stat(inode).st_size:
         written += write(view, inode, data[written:], offset + written)
     return written
+
+
+def append(view: View, inode: Inode, data: bytes, offset: int) -> int:
+    """The same for somebody who can only append (O_APPEND), to a file that may only be appended to (chattr +a): the descriptor that the
+    others write by cannot be had of such a file. Returns the bytes written. EPERM: its data are not the upper's yet. EACCES: it belongs to
+    nobody (`owners`).
+    """
+    view.require_owner(inode, errno.EACCES)
+    if not inode.in_upper or inode.metacopy is not None:
+        raise failure(errno.EPERM)
+    upper = view.upper
+    _, dirfd, name = view.place(inode)
+    fd = upper.open_append(dirfd, name)
+    try:
+        upper.is_dirty = True
+        return upper.calls.pwrite(fd, data, offset)
+    finally:
+        os.close(fd)
 
 
 def drop_privileges_of(view: View, inode: Inode) -> None:

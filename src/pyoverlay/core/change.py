@@ -31,6 +31,7 @@ from pyoverlay.core.names import (
     put_whiteout,
     replace_aufs_whiteout,
     require_nameable,
+    require_removable,
 )
 from pyoverlay.core.objects import failure
 from pyoverlay.core.policy import RedirectDir
@@ -129,6 +130,8 @@ def unlink(view: View, parent: Directory, name: bytes) -> Inode:
     open_for_change(view, parent)
     count_names(view, inode, parent, name)
     is_upper = in_upper(view, parent, name, inode)
+    if not is_upper:
+        require_removable(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
     with kept_alive(view, inode, parent, name, is_upper=is_upper):
@@ -151,6 +154,8 @@ def rmdir(view: View, parent: Directory, name: bytes) -> Directory:
     open_for_change(view, parent)
     upper, dirfd = view.upper, view.upper_fd(parent)
     upper.is_dirty = True
+    if not directory.in_upper:
+        require_removable(view, parent)
     with kept_alive(view, directory, parent, name, is_upper=directory.in_upper):
         if not directory.in_upper:
             put_whiteout(view, parent, name, over=False)

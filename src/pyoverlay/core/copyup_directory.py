@@ -80,12 +80,19 @@ def xattrs_to_copy(upper: Upper, source: Place) -> Iterator[tuple[bytes, bytes]]
 
 
 def mark_impure(view: View, directory: Directory) -> None:
-    """Say on a directory of the upper that inode numbers in it are to be looked up by origin."""
+    """Say on a directory of the upper that inode numbers in it are to be looked up by origin.
+
+    One that may only be added to (chattr +a) takes no mark, and all the same what is copied up: the numbers then change at the next mount.
+    """
     if directory.is_impure:
         return
     dirfd = view.upper_fd(directory)
-    with view.upper.as_writable(dirfd):
-        view.upper.set_mark(dirfd, b".", marks.IMPURE, b"y")
+    try:
+        with view.upper.as_writable(dirfd):
+            view.upper.set_mark(dirfd, b".", marks.IMPURE, b"y")
+    except PermissionError:
+        if not view.upper.is_append_only(dirfd):
+            raise
     directory.is_impure = True
 
 
@@ -137,7 +144,7 @@ def _copy_up_one(view: View, directory: Directory) -> None:
             upper.discard(temporary)
     directory.in_upper = True
     directory.has_origin = True
-    directory.is_impure = False
+    directory.is_impure = directory.is_append_only = False
     view.table.add_key(directory, key_of(UPPER, real.st_ino))
 
 

@@ -212,12 +212,22 @@ class Directory(Inode):
 
     lowers: its lower directories, top first; with `in_upper`, the upper one lies above them. redirect: the mark on its upper directory.
     listing: its names, when they are all known. is_impure: its upper directory is marked so, or None where nobody looked.
-    is_opaque: its upper directory bears the mark. dependants: inodes that have a name in it; it stays in the table as long as there are
-    any.
+    is_opaque: its upper directory bears the mark. is_append_only: nothing may be taken out of that, or None where nobody looked.
+    dependants: inodes that have a name in it; it stays in the table as long as there are any.
     fd: O_PATH descriptor of its upper directory.
     """
 
-    __slots__ = ("dependants", "has_default_acl", "has_xattr_whiteouts", "is_impure", "is_opaque", "listing", "lowers", "redirect")
+    __slots__ = (
+        "dependants",
+        "has_default_acl",
+        "has_xattr_whiteouts",
+        "is_append_only",
+        "is_impure",
+        "is_opaque",
+        "listing",
+        "lowers",
+        "redirect",
+    )
 
     def __init__(self, ino: int, lowers: tuple[LowerDir, ...]) -> None:
         super().__init__(ino, stat.S_IFDIR)
@@ -226,6 +236,7 @@ class Directory(Inode):
         self.redirect: bytes | None = None
         self.is_impure: bool | None = None
         self.is_opaque = False
+        self.is_append_only: bool | None = None
         self.has_default_acl: bool | None = None  # None: nobody asked
         self.has_xattr_whiteouts = False
         self.dependants = 0

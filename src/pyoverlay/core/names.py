@@ -34,6 +34,16 @@ def open_for_change(view: View, parent: Directory) -> None:
         copy_up_directory(view, parent)
 
 
+def require_removable(view: View, parent: Directory) -> None:
+    """Before a whiteout takes a lower's name away. EPERM: the directory is one that nothing may be taken out of, which for the upper's file
+    system is no reason to refuse the whiteout: that is something new.
+    """
+    if parent.is_append_only is None:
+        parent.is_append_only = view.upper.is_append_only(view.upper_fd(parent))
+    if parent.is_append_only:
+        raise failure(errno.EPERM)
+
+
 def in_upper(view: View, parent: Directory, name: bytes, inode: Inode) -> bool:
     """Does the upper have something under this name, which shows `inode`?
 

@@ -318,6 +318,11 @@ class Objects:
             self.after_open(inode)
         return inode.fd
 
+    def stop_writing(self, inode: Inode) -> None:
+        """After a change that may forbid it: the descriptor that writes is given up, and who writes next has the upper asked for one."""
+        if inode.fd >= 0 and inode.is_writable:
+            self.set_data_fd(inode, self._open_own(inode, write=False), is_writable=False)
+
     # -- attributes
 
     def stat(self, inode: Inode) -> Stat:

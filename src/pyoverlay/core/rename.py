@@ -31,6 +31,7 @@ from pyoverlay.core.names import (
     ready_for_whiteouts,
     replace_aufs_whiteout,
     require_nameable,
+    require_removable,
     set_redirect,
 )
 from pyoverlay.core.objects import failure
@@ -165,6 +166,8 @@ def _replace(view: View, old: Side, new: Side) -> None:
         replace_aufs_whiteout(view, new.parent, new.name)
         _move(view, old, new, leaves_whiteout=leaves_whiteout, is_upper=False)
         return
+    if not is_upper:
+        require_removable(view, new.parent)
     if is_upper and isinstance(new.inode, Directory):
         _empty(view, new.inode, new)
     with kept_alive(view, new.inode, new.parent, new.name, is_upper=is_upper):

@@ -220,6 +220,9 @@ def mount_setattr(fd: int, attr_set: int, attr_clr: int) -> None:
         raise _failed()
 
 
+STATX_ATTR_APPEND = 0x20  # include/uapi/linux/stat.h
+
+
 class Statx(NamedTuple):
     """What statx(2) says beyond stat(2). btime_ns is None where the file system keeps none."""
 

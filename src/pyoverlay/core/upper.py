@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyoverlay.core import marks
+from pyoverlay.core import marks, syscalls
 from pyoverlay.core.calls import Calls, Order, remove_tree, sync_all
 from pyoverlay.core.layer import DescriptorCache, Layer, tolerated
 from pyoverlay.core.policy import Fsync
@@ -95,6 +95,11 @@ class Upper(Layer):
             with self._open_to_owner(dirfd, name):
                 return self.reads.open_regular(dirfd, name, os.O_RDWR)
 
+    def open_append(self, dirfd: int, name: bytes) -> int:
+        """Descriptor of a regular file of the upper that writes at its end alone. Without a name `dirfd` is what is kept of it."""
+        flags = os.O_WRONLY | os.O_APPEND
+        return self.reads.open_regular(dirfd, name, flags) if name else reopen_regular(dirfd, flags)
+
     def open_pinned(self, pin: int, flags: int) -> int:
         """Descriptor of a file that has no name any more, through the O_PATH descriptor kept for it; as `open_read`."""
         try:
@@ -178,6 +183,10 @@ class Upper(Layer):
     def pin(self, dirfd: int, name: bytes) -> int:
         """O_PATH descriptor: its inode number cannot be given to another file while this is open."""
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+
+    def is_append_only(self, dirfd: int) -> bool:
+        """May entries be put into a directory, and none be taken out (chattr +a)?"""
+        return bool(syscalls.statx(dirfd).attributes & syscalls.STATX_ATTR_APPEND)
 
     # -- building things out of sight
 

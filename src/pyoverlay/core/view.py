@@ -199,7 +199,7 @@ class View(Objects):
         ino = self.table.number(self.upper.fs, st.st_ino)
         if stat.S_ISDIR(st.st_mode):
             directory = Directory(ino, ())
-            directory.is_impure = False
+            directory.is_impure = directory.is_append_only = False
             directory.listing = Listing()
             inode: Inode = directory
         else:

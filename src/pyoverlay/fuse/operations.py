@@ -209,6 +209,10 @@ class Operations(pyfuse3.Operations):
         """The same for a SETATTR that truncates."""
         return False
 
+    def _write_appends(self) -> bool:
+        """Is this WRITE by a descriptor that can only append?"""
+        return False
+
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         try:
             return await threads.run(call, *arguments)
@@ -381,10 +385,15 @@ class Operations(pyfuse3.Operations):
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         inode = self.view.inode(fh)
-        drops_privileges = self._write_drops_privileges()
-        if not inode.is_writable:
-            await self._copy_up(inode)
-        written = attributes.write(self.view, inode, buf, off)
+        drops_privileges, appends = self._write_drops_privileges(), self._write_appends()
+        try:
+            if not inode.is_writable:
+                await self._copy_up(inode)
+            written = attributes.write(self.view, inode, buf, off)
+        except PermissionError:
+            if not appends:
+                raise
+            written = attributes.append(self.view, inode, buf, off)
         if drops_privileges:
             attributes.drop_privileges_of(self.view, inode)
         return written

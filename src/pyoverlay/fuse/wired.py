@@ -38,7 +38,7 @@ from pyoverlay.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
 
-_WRITE_FLAGS = struct.Struct("<20xI")  # struct fuse_write_in
+_WRITE_FLAGS = struct.Struct("<20xI8xI")  # struct fuse_write_in: its own, then those of the open file
 _WRITE_CACHE, _WRITE_KILL_SUIDGID = 1 << 0, 1 << 2
 _SETATTR_VALID = struct.Struct("<I")  # struct fuse_setattr_in
 _SETATTR_KILL_SUIDGID = 1 << 11
@@ -121,7 +121,10 @@ class WiredAnswers(Answers):
 
     def write(self, ino: int) -> None:
         """The same to write to."""
-        self.view.data_fd(self._copied_up(ino, attributes_only=False), write=True)
+        try:
+            self.view.data_fd(self._copied_up(ino, attributes_only=False), write=True)
+        except PermissionError:
+            raise NotAtOnce from None  # who appends may yet be allowed to
 
     def goes_to_lane(self, ino: int) -> bool:
         inode = self.view.inode(ino)
@@ -200,7 +203,7 @@ class WiredOperations(Operations):
         self._token = trio.lowlevel.current_trio_token()
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        is_page = bool(_WRITE_FLAGS.unpack_from(self._asked()[6])[0] & _WRITE_CACHE)
+        is_page = bool(self._write_flags()[0] & _WRITE_CACHE)
         try:
             return await super().write(fh, off, buf)
         except pyfuse3.FUSEError:
@@ -261,8 +264,15 @@ class WiredOperations(Operations):
 
     # -- writing takes privileges away
 
+    def _write_flags(self) -> tuple[int, int]:
+        flags, open_flags = _WRITE_FLAGS.unpack_from(self._asked()[6])
+        return flags, open_flags
+
     def _write_drops_privileges(self) -> bool:
-        return bool(_WRITE_FLAGS.unpack_from(self._asked()[6])[0] & _WRITE_KILL_SUIDGID)
+        return bool(self._write_flags()[0] & _WRITE_KILL_SUIDGID)
+
+    def _write_appends(self) -> bool:
+        return bool(self._write_flags()[1] & os.O_APPEND)
 
     def _setattr_drops_privileges(self) -> bool:
         return bool(_SETATTR_VALID.unpack_from(self._asked()[6])[0] & _SETATTR_KILL_SUIDGID)
@@ -351,6 +361,9 @@ class WiredOperations(Operations):
         self.view.upper.is_dirty = True
         calls = self.view.upper.calls
         self._with_descriptor(inode, lambda fd: calls.ioctl(fd, cmd, arg[: _WRITING[cmd]]))
+        self.view.stop_writing(inode)  # it may be immutable now
+        if isinstance(inode, Directory):
+            inode.is_append_only = None
         return b""
 
     async def _flags(self, inode: Inode, cmd: int) -> bytes:
