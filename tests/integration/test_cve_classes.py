@@ -23,7 +23,7 @@ from pyoverlay import registry
 from pyoverlay.testing import Device, File, Overlay, OverlayFactory, make_tree, witness
 from pyoverlay.testing.mounts import command
 from tests.integration.images import imported
-from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER, with_fuse
+from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER, skip_if_out_of_reach, with_fuse
 from tests.integration.unprivileged import as_user as by_user
 from tests.posix.check import NOBODY, as_user, fails
 from tests.posix.system_calls import ACL_ACCESS, ACL_DEFAULT, ACL_GROUP_OBJ, ACL_MASK, ACL_OTHER, ACL_USER, ACL_USER_OBJ, acl
@@ -221,6 +221,7 @@ os.execvp("sh", ["sh", "-ec", sys.argv[1]])
 
 def as_root_of_a_range(home: Path, first: int, script: str) -> str:
     """What a script prints in a user namespace whose ids 0 to 65535 are those from `first` on outside."""
+    skip_if_out_of_reach()
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run"), "PYTHONPATH": str(Path(registry.__file__).parents[1])}
     with subprocess.Popen(
         [*with_fuse(home), sys.executable, "-c", AS_ROOT_OF_A_RANGE, script],

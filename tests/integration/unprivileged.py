@@ -41,18 +41,27 @@ def with_fuse(home: Path) -> list[str]:
     return ["unshare", "-m", "sh", "-ec", 'mount --bind "$0" /dev/fuse; exec "$@"', str(node)]
 
 
+AS_USER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+
+
+def skip_if_out_of_reach() -> None:
+    """Skip where an ordinary user may not run this Python, as in a checkout below /root."""
+    # By way of a shell: setpriv itself is still root enough to reach what it runs.
+    reach = subprocess.run([*AS_USER, "sh", "-c", '"$0" -c ""', sys.executable], check=False, capture_output=True)
+    if reach.returncode != 0:
+        pytest.skip(f"{sys.executable} is out of an ordinary user's reach")
+
+
 def as_user(home: Path, script: str) -> subprocess.CompletedProcess[str]:
     """Run a script with `$po` the command line, in a mount namespace of its own."""
     if shutil.which("fusermount3") is None or shutil.which("setpriv") is None:
         pytest.fail("these tests want fusermount3 and setpriv")
+    skip_if_out_of_reach()
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(registry.__file__).parents[1]), MARK: os.environ[MARK],
         "XDG_RUNTIME_DIR": str(home / "run"), "po": shlex.join(command()),
     }  # fmt: skip
-    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-    if subprocess.run([*user, sys.executable, "-c", ""], check=False, capture_output=True).returncode != 0:
-        pytest.skip(f"{sys.executable} is out of an ordinary user's reach")
     return subprocess.run(
-        [*with_fuse(home), *user, "sh", "-ec", script],
+        [*with_fuse(home), *AS_USER, "sh", "-ec", script],
         check=False, capture_output=True, text=True, timeout=30, cwd=home, env=environment,
     )  # fmt: skip

@@ -69,8 +69,9 @@ def missing(*programs: str) -> str | None:
 
 
 def is_within_a_users_reach(program: Path) -> bool:
-    """May an ordinary user run it? A checkout in somebody's home directory often is closed to others."""
-    return attempt("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", program, "--version").returncode == 0
+    """May an ordinary user run it? A checkout in somebody's home directory often is closed to others, though not to setpriv itself."""
+    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    return attempt(*user, "sh", "-c", '"$0" --version', program).returncode == 0
 
 
 @contextmanager
