@@ -533,6 +533,12 @@ def test_a_log_file_that_cannot_be_written(place: Place) -> None:
     assert line.startswith("/nonexistent/log: the log file cannot be written ")
 
 
+def test_a_fifo_as_the_log_file_that_nobody_reads(place: Place) -> None:
+    os.mkfifo(place.top / "fifo")
+    line = refused(place, "--log-file", place.top / "fifo", place.lower, place.upper, place.merged, code=errno.ENXIO)
+    assert line.startswith(f"{place.top}/fifo: the log file cannot be written ")
+
+
 def test_a_daemon_that_cannot_even_start_is_told_in_one_line(place: Place) -> None:
     """A bug, or half an installation: here a pyfuse3 that raises when it is imported."""
     broken = place.top / "broken"

@@ -126,3 +126,15 @@ def test_the_level_is_an_option_too(overlay: OverlayFactory) -> None:
         ask_for_what_is_not_there(made)
         process.send_signal(signal.SIGTERM)
         assert log.read() == ""
+
+
+def test_a_log_that_nobody_reads_stops_no_mount(overlay: OverlayFactory) -> None:
+    """At debug level, on a terminal that Ctrl-S holds: everybody waited for it, and `pyoverlay umount` in vain."""
+    made = overlay({"file": "x"}, mount=False)
+    with in_foreground(made, "-v") as (process, log):
+        for _ in range(2000):
+            ask_for_what_is_not_there(made)
+        assert (made.merged / "file").read_text() == "x"
+        made.umount()
+        assert process.wait(10) == 0
+        assert " DEBUG getxattr of " in log.read()

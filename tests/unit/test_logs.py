@@ -30,15 +30,15 @@ def root_logger() -> Iterator[logging.Logger]:
         root.removeHandler(handler)
         if isinstance(handler, logs.SyslogHandler):
             handler._socket.close()
-        elif isinstance(handler, logging.StreamHandler) and handler.stream is not sys.stderr:
-            handler.stream.close()
+        elif isinstance(handler, logs.DescriptorHandler) and handler.fd != sys.stderr.fileno():
+            os.close(handler.fd)
     logging.raiseExceptions = raises
     root.setLevel(level)
 
 
 def ours(root: logging.Logger) -> list[logging.Handler]:
     """The handlers that `set_up` adds; pytest has its own."""
-    return [handler for handler in root.handlers if type(handler) in (logs.SyslogHandler, logging.StreamHandler, logging.NullHandler)]
+    return [handler for handler in root.handlers if type(handler) in (logs.SyslogHandler, logs.DescriptorHandler, logging.NullHandler)]
 
 
 def record(message: str, level: int = logging.INFO, error: Exception | None = None) -> logging.LogRecord:
@@ -126,7 +126,8 @@ def test_a_log_file_is_its_owner_s_alone_and_is_appended_to(tmp_path: Path, root
             logging.getLogger("pyoverlay").info(message)
             (handler,) = ours(root_logger)
             root_logger.removeHandler(handler)
-            handler.stream.close()  # type: ignore[attr-defined]
+            assert isinstance(handler, logs.DescriptorHandler)
+            os.close(handler.fd)
     finally:
         os.umask(before)
     assert [json.loads(line)["message"] for line in (tmp_path / "log").read_text().splitlines()] == ["one", "two"]
@@ -147,3 +148,22 @@ def test_what_was_asked_for_is_said_at_any_level(root_logger: logging.Logger, tm
     logs.set_up(foreground=False, file=str(tmp_path / "log"), level=logging.ERROR)
     logs.say("%d inodes", 7)
     assert (tmp_path / "log").read_text().endswith(" INFO 7 inodes\n")
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_later_what_is_missing() -> None:
+    """A mount in the foreground stopped with its terminal."""
+    reader, writer = os.pipe()
+    handler = logs.DescriptorHandler(writer)
+    line = record("x" * 99)
+    for _ in range(2000):
+        handler.emit(line)
+    os.set_blocking(reader, False)
+    whole = os.read(reader, 1 << 20).decode().splitlines()
+    assert set(whole) == {"x" * 99}
+    handler.emit(record("read again"))
+    assert os.read(reader, 1 << 20).decode() == f"{2000 - len(whole)} lines of the log could not be written\nread again\n"
+    handler.emit(record("and again"))
+    assert os.read(reader, 1 << 20).decode() == "and again\n"
+    os.close(reader)
+    handler.emit(record("to nobody"))
+    os.close(writer)

@@ -7,10 +7,12 @@ tree, goes there at debug level alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import linecache
 import logging
 import os
+import select
 import socket
 import sys
 import threading
@@ -83,6 +85,38 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(f"<{_severity(record)}>{line}" for line in self._inner.format(record).splitlines())
 
 
+class DescriptorHandler(logging.Handler):
+    """Lines to stderr or a file. Whoever reads them may stop: a terminal by Ctrl-S, a pager, a journal that hangs. Nobody in the mount
+    waits for that: lines for which there is no room are lost, and the next one says how many.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self.fd = fd
+        self._lost = 0
+        self._room = select.poll()
+        self._room.register(fd, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        records = [record]
+        if self._lost:
+            message = "%d lines of the log could not be written"
+            records.insert(0, log.makeRecord(log.name, logging.WARNING, __file__, 0, message, (self._lost,), None))
+        try:
+            self._write("".join(f"{self.format(each)}\n" for each in records).encode(errors="backslashreplace"))
+        except OSError:
+            self._lost += 1
+        else:
+            self._lost = 0
+
+    def _write(self, data: bytes) -> None:
+        """A pipe that has room has room for a page."""
+        while data:
+            if not self._room.poll(0):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            data = data[os.write(self.fd, data[: select.PIPE_BUF]) :]
+
+
 class SyslogHandler(logging.Handler):
     """Datagrams to the local syslog (RFC 3164 lines). Connected once: what it loses while syslogd restarts is lost."""
 
@@ -124,12 +158,13 @@ def _chosen(foreground: bool, file: str | None) -> logging.Handler:
     if file is not None:
         try:
             # Its owner's alone: at debug level names of files are in it.
-            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            # O_NONBLOCK: a fifo that nobody reads is refused.
+            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Refusal(file, "the log file cannot be written", error.errno) from error
-        return logging.StreamHandler(open(fd, "a", encoding="utf-8", errors="backslashreplace"))
+        return DescriptorHandler(fd)
     if foreground:
-        return logging.StreamHandler()
+        return DescriptorHandler(sys.stderr.fileno())
     try:
         return SyslogHandler()
     except (FileNotFoundError, ConnectionRefusedError):  # no syslog on this machine
