@@ -15,6 +15,7 @@ from pyoverlay.core.policy import Policy, RedirectDir, Verity
 from pyoverlay.core.syscalls import Stat
 from pyoverlay.fuse.answers import Answers
 from pyoverlay.testing import Directory, Fifo, File, HardLink, Symlink, Tree, Whiteout
+from tests.posix.check import fails
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack
 
@@ -306,3 +307,22 @@ def test_a_listing_that_fails_in_the_middle_has_told_what_comes_before(stack: St
     assert len(told) == 1
     found = {name: view.lookup(view.root, name) for name in names}
     assert {name: here[0].nlookup for name, here in found.items() if here} == {name: before[name] + (name in told) for name in names}
+
+
+def test_what_a_completion_that_fails_has_copied_is_a_hole_again(stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = stack({"f": DATA}, policy=COPYING)
+    one.merged.chmod("f", 0o600)
+    before = os.stat(one.upper / "f")
+
+    def fail(dirfd: int, name: bytes, attribute: bytes) -> None:
+        assert os.fstat(dirfd).st_blocks > before.st_blocks, "the data are there"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(one.merged.view.upper.calls, "removexattr", fail)
+    with fails(errno.ENOSPC):
+        one.merged.write("f", b"x")
+    after = os.stat(one.upper / "f")
+    assert (after.st_size, after.st_blocks, after.st_mtime_ns) == (before.st_size, before.st_blocks, before.st_mtime_ns)
+    monkeypatch.undo()
+    one.merged.write("f", b"x")
+    assert one.merged.read("f") == b"x" + DATA[1:]

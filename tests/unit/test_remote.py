@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -244,6 +245,21 @@ def test_a_server_that_fails_at_a_close_leaves_the_next_ones_to_be_closed() -> N
     closer(theirs)
     assert select.select([ours], [], [], 10)[0] == [ours], "the end of the other end"
     os.close(ours)
+
+
+def test_what_is_to_be_closed_waits_until_a_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    closer = _Closer()
+    pipes = [os.pipe() for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        closer(pipes[0][1])
+    closer(pipes[1][1])
+    for ours, _ in pipes:
+        assert select.select([ours], [], [], 10)[0] == [ours], "the end of the other end"
+        os.close(ours)
 
 
 def test_a_caller_that_ends_while_it_is_looked_at_is_taken_for_killed(tmp_path: Path) -> None:

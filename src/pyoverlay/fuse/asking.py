@@ -192,17 +192,18 @@ class Asking:
 
 
 class _Closer:
-    """Closes descriptors, one after the other, in a thread that begins with the first."""
+    """Closes descriptors, one after the other, in a thread that begins with the first; where none can be started, with a later one."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._is_running = False
 
     def __call__(self, fd: int) -> None:
-        if not self._is_running:
-            self._is_running = True
-            threading.Thread(target=self._run, name="closer", daemon=True).start()
         self._queue.put(fd)
+        if not self._is_running:
+            with suppress(RuntimeError):  # no more threads may be had
+                threading.Thread(target=self._run, name="closer", daemon=True).start()
+                self._is_running = True
 
     def _run(self) -> None:
         while True:
