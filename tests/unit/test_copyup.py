@@ -73,9 +73,10 @@ def test_a_copy_made_in_one_call_is_like_the_original_and_nothing_else_changed(s
 def assert_copy_is_like_original(stack: StackFactory, name: str, calls: Calls | None = None) -> None:
     node = {**OBJECTS, **ROOT_OBJECTS}[name]
     one = stack({"d": Directory({"deep": Directory({name: node}, mtime_ns=OLD_NS)}, 0o711, mtime_ns=OLD_NS)})
-    before = one.merged.tree()
+    before, inode = one.merged.tree(), one.merged.walk(f"d/deep/{name}")
     one.merged.view.upper.calls = calls or one.merged.view.upper.calls
     copied(one.merged, f"d/deep/{name}")
+    assert one.merged.walk(f"d/deep/{name}") is inode
     original, copy = (os.lstat(layer / "d/deep" / name) for layer in (one.lowers[0], one.upper))
     assert (copy.st_size, copy.st_atime_ns, copy.st_rdev) == (original.st_size, original.st_atime_ns, original.st_rdev)
     assert one.merged.tree() == before

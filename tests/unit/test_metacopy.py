@@ -18,6 +18,7 @@ from pyoverlay.testing import Directory, Fifo, File, HardLink, Symlink, Tree, Wh
 from tests.posix.check import fails
 from tests.unit.conftest import StackFactory
 from tests.unit.merged import POLICY, Stack
+from tests.unit.wired import WiredFaulty
 
 pytestmark = pytest.mark.root  # trusted.* marks alone are followed
 
@@ -326,3 +327,13 @@ def test_what_a_completion_that_fails_has_copied_is_a_hole_again(stack: StackFac
     monkeypatch.undo()
     one.merged.write("f", b"x")
     assert one.merged.read("f") == b"x" + DATA[1:]
+
+
+@pytest.mark.wire
+def test_a_metacopy_of_a_lower_is_not_for_the_one_call(stack: StackFactory) -> None:
+    one = stack({"f": metacopy()}, {"f": DATA})
+    calls = one.merged.view.upper.calls = WiredFaulty(0, AssertionError())
+    assert one.merged.read("f") == DATA
+    one.merged.write("f", b"x")
+    assert one.merged.read("f") == one.fresh().read("f") == b"x" + DATA[1:]
+    assert calls.at_once == 0

@@ -121,4 +121,5 @@ def test_what_belongs_to_nobody_is_read_and_not_changed(stack: StackFactory) -> 
     assert code(lambda: merged.unlink("d/g")) == "EOVERFLOW"
     assert code(lambda: merged.mkdir("e/new")) == "EOVERFLOW"
     assert code(lambda: merged.create("d/new")) == "EOVERFLOW"
+    assert sorted(os.listdir(one.upper)) == ["e", "u"], "nothing was copied up"
     assert one.disk_tree() == before
