@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -22,7 +22,7 @@ class NoThread(OSError):
         super().__init__(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
-async def run(call: Callable[..., T], *arguments: object, **how: object) -> T:
+async def run(call: Callable[..., T], *arguments: object, **how: Any) -> T:
     """trio.to_thread.run_sync. NoThread."""
     is_begun = False
 
@@ -32,7 +32,7 @@ async def run(call: Callable[..., T], *arguments: object, **how: object) -> T:
         return call(*arguments)
 
     try:
-        result: T = await trio.to_thread.run_sync(begin, **how)  # type: ignore[arg-type]  # its options, by name
+        result: T = await trio.to_thread.run_sync(begin, **how)
     except RuntimeError as error:
         if is_begun:
             raise
