@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -192,6 +193,15 @@ def test_an_upper_that_two_lines_name_is_used_by_one(place: Place) -> None:
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "the upper is already used by" in result.stderr
     assert len(place.mounted()) == len(processes_marked(place.mark)) == 1
+
+
+def test_a_mount_point_that_two_lines_name_keeps_all_from_being_mounted(place: Place) -> None:
+    """One daemon would end before its mount answered, and leave it below the other's."""
+    place.make("1", "2", "3")
+    result = place.mount_from("lower u1 m1\nlower u2 m2\nlower u3 ./m1\n")
+    assert result.returncode == 1
+    assert re.fullmatch(r"pyoverlay: (.*):3: ./m1: the mount point of \1:1 too; name another\n", result.stderr)
+    assert (place.mounted(), processes_marked(place.mark)) == ([], [])
 
 
 def test_the_list_may_come_from_standard_input(place: Place) -> None:

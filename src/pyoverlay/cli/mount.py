@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -15,7 +16,7 @@ from pyoverlay.cli.values import Patience
 from pyoverlay.daemon import launch
 from pyoverlay.daemon.options import Options, parse, with_directories
 from pyoverlay.daemon.request import Request
-from pyoverlay.errors import PyoverlayError, printable
+from pyoverlay.errors import PyoverlayError, Refusal, printable
 
 EPILOG = """\b
 Leftmost is on top, as in the kernel's lowerdir= (bubblewrap's order is the reverse). A colon in a
@@ -141,10 +142,21 @@ def _mount_each(file: TextIO, wait: float) -> int:
             requests.append(_listed(line))
         except (click.ClickException, PyoverlayError, ValueError) as error:
             refused.append(_refuse(place, error))
+    if not refused:
+        refused = [_refuse(place, error) for place, error in _named_twice(places, requests)]
     if requests and not refused:
         outcomes = zip(places, launch.mount_each(requests, wait), strict=True)
         refused = [_refuse(place, error) for place, error in outcomes if error is not None]
     return refused[0] if refused else 0
+
+
+def _named_twice(places: Sequence[str], requests: Sequence[Request]) -> Iterator[tuple[str, Refusal]]:
+    """The lines whose mount point an earlier one has: mounted at once, one would hide the other before that had answered."""
+    first: dict[bytes, str] = {}
+    for place, request in zip(places, requests, strict=True):
+        earlier = first.setdefault(os.path.realpath(request.merged), place)
+        if earlier != place:
+            yield place, Refusal(request.merged, f"the mount point of {earlier} too", remedy="name another")
 
 
 def _listed(line: str) -> Request:
