@@ -5,7 +5,10 @@ call that it refuses for them: which is not always the call that a merged view i
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,8 @@ from tests.posix.check import fails, opened
 from tests.posix.system_calls import RENAME_EXCHANGE, renameat2
 
 pytestmark = [pytest.mark.root, pytest.mark.wire]
+
+FS_IOC_SETFLAGS, IMMUTABLE, APPEND, EXTENTS = 0x40086602, 0x10, 0x20, 0x80000  # <linux/fs.h>; ext4 has the last of each of its files
 
 
 @contextmanager
@@ -74,6 +79,31 @@ def test_a_file_that_was_written_and_became_immutable_is_not_written(overlay: Ov
             assert (made.writable / "f").read_bytes() == (made.merged / "f").read_bytes() == b"OLD"
         os.pwrite(fd, b"new", 0)
     assert (made.merged / "f").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("flag", [APPEND, IMMUTABLE])
+def test_what_was_written_before_a_flag_forbids_it_is_stored(overlay: OverlayFactory, flag: int) -> None:
+    """What the page cache had was refused when its turn came, and lost. chattr(1) closes the file once more, which has it written."""
+    made = overlay({"f": b"old" * 4096})
+    with opened(made.merged / "f", os.O_RDWR) as fd, mmap.mmap(fd, 3 * 4096) as shared:
+        os.pwrite(fd, b"one", 0)
+        shared[8192:8195] = b"two"
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("l", flag | EXTENTS))
+        try:
+            stored = (made.writable / "f").read_bytes()
+            assert (stored[:3], stored[8192:8195]) == (b"one", b"two")
+            assert (made.merged / "f").read_bytes() == stored
+        finally:
+            subprocess.run(["chattr", "-ai", made.writable / "f"], check=True)
+
+
+def test_a_file_whose_data_were_not_copied_up_can_be_appended_to(overlay: OverlayFactory) -> None:
+    """With metacopy=on chattr(1) copied no data, and afterwards the flag forbade it."""
+    made = overlay({"f": b"old"}, options=("-o", "metacopy=on"))
+    os.chmod(made.merged / "f", 0o600)
+    with flagged(made, "f", "a"):
+        write(made, b"+", os.O_APPEND)
+        assert (made.writable / "f").read_bytes() == b"old+"
 
 
 @pytest.mark.parametrize("is_remounted", [False, True])

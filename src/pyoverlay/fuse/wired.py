@@ -357,7 +357,13 @@ class WiredOperations(Operations):
             return await self._flags(self.view.inode(ino), cmd)
         if cmd not in _WRITING or len(arg) < _WRITING[cmd]:
             raise failure(errno.ENOTTY)
-        inode = await self._copied_up(ino)
+        # Data too, and what a map has dirtied: of an immutable file neither could be written any more.
+        try:
+            inode = await self._copied_up(ino, attributes_only=False)
+        except PermissionError:
+            inode = await self._copied_up(ino)  # it is one already
+        if inode.is_regular:
+            await self._write_back(ino)
         self.view.upper.is_dirty = True
         calls = self.view.upper.calls
         self._with_descriptor(inode, lambda fd: calls.ioctl(fd, cmd, arg[: _WRITING[cmd]]))
