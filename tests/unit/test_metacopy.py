@@ -337,3 +337,12 @@ def test_a_metacopy_of_a_lower_is_not_for_the_one_call(stack: StackFactory) -> N
     one.merged.write("f", b"x")
     assert one.merged.read("f") == one.fresh().read("f") == b"x" + DATA[1:]
     assert calls.at_once == 0
+
+
+def test_a_metacopy_that_is_redirected_beside_itself_is_found_from_elsewhere(stack: StackFactory) -> None:
+    """The kernel writes one name for a rename in the same directory: moved on, it has to be the whole path."""
+    one = stack({"d": {"g": DATA}}, upper={"d": {"f": metacopy(b"g")}}, policy=COPYING)
+    assert one.merged.read("d/f") == DATA
+    one.merged.rename("d/f", "moved")
+    assert os.getxattr(one.upper / "moved", REDIRECT) == b"/d/g"
+    assert one.merged.read("moved") == one.fresh().read("moved") == DATA
