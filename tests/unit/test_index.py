@@ -118,6 +118,11 @@ def test_names_that_came_with_the_copy_keep_it_in_the_index(one: Stack) -> None:
     assert entries(one) == []
 
 
+def test_a_name_that_is_renamed_over_counts_no_more(one: Stack) -> None:
+    one.merged.rename("single", "b")
+    assert one.merged.nlink("a") == one.open().nlink("a") == 2
+
+
 def test_with_metacopy_the_other_names_find_the_data(stack: StackFactory) -> None:
     data = os.urandom(9000)
     one = stack({"d": {"a": data}, "b": HardLink("d/a")}, policy=replace(INDEXED, metacopy=True))

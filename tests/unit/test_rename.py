@@ -323,3 +323,27 @@ def test_a_target_whose_whiteouts_were_cleared_lives_on_if_the_rename_then_fails
     one.merged.create("emptied_directory/new", b"alive")
     assert one.merged.read("emptied_directory/new") == one.fresh().read("emptied_directory/new") == b"alive"
     assert stat.S_ISDIR(one.merged.stat("emptied_directory").st_mode)
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_what_was_replaced_lives_on_as_long_as_it_is_known(stack: StackFactory, is_copied: bool) -> None:
+    one = stack({"new": "new", "old": "old"})
+    if is_copied:
+        one.merged.chmod("old", 0o600)
+    inode = one.merged.walk("old")
+    one.merged.rename("new", "old")
+    one.merged.view.cache.limit = 0
+    for _ in range(2):
+        one.merged.view.trim()
+    assert one.merged.read_inode(inode) == b"old"
+    assert one.merged.view.nlink(inode, one.merged.view.stat(inode)) == 0
+    assert one.merged.read("old") == b"new"
+
+
+@pytest.mark.root  # `user.` marks do not redirect
+def test_a_directory_renamed_twice_in_its_parent_goes_on_to_name_what_the_lowers_call_it(stack: StackFactory) -> None:
+    one = stack({"a": {"in": "in"}})
+    one.merged.rename("a", "b")
+    one.merged.rename("b", "c")
+    assert os.getxattr(one.upper / "c", mark("redirect")) == b"a"
+    assert one.fresh().listdir("c") == ["in"]
