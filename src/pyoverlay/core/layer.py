@@ -239,8 +239,8 @@ class Layer:
         """Descriptor of a regular file. ESTALE where it is no longer one: a fifo or a device in a layer is never opened."""
         try:
             return self.reads.open_regular(dirfd, name, os.O_RDONLY | self._noatime)
-        except PermissionError:
-            if not self._noatime:
+        except PermissionError as error:
+            if error.errno != errno.EPERM or not self._noatime:  # EPERM is that of O_NOATIME, open(2)
                 raise
             return self.reads.open_regular(dirfd, name, os.O_RDONLY)
 
@@ -359,8 +359,8 @@ class Layer:
         """The names in a directory and their formats, see `Reads`."""
         try:
             return self.reads.scan(dirfd, self._noatime)
-        except PermissionError:
-            if not self._noatime:
+        except PermissionError as error:
+            if error.errno != errno.EPERM or not self._noatime:  # EPERM is that of O_NOATIME, open(2)
                 raise
             return self.reads.scan(dirfd, 0)
 
