@@ -110,7 +110,7 @@ make_venv() {
 # The files an installation is made of, as paths relative to the checkout, NUL-separated.
 source_files() {
     (cd "$checkout" && find . \( -path ./.git -o -path ./.venvs \) -prune -o -type f \
-        \( -path './src/*' -o -path ./pyproject.toml -o -path ./setup.py -o -path ./README.md -o -path ./LICENSE \) \
+        \( -path './src/*' -o -path ./pyproject.toml -o -path ./setup.py -o -path ./README.md -o -path './docs/*.[18]' -o -path ./LICENSE \) \
         ! -path '*/.*' ! -path '*/__pycache__/*' ! -path '*.egg-info/*' ! -name '*.so' -print0 | LC_ALL=C sort -z)
 }
 

@@ -46,6 +46,7 @@ def build_wheel(directory: Path, env: Mapping[str, str]) -> Path:
     for name in BUILD_INPUTS:
         if (CHECKOUT / name).exists():
             shutil.copy(CHECKOUT / name, copy)
+    shutil.copytree(CHECKOUT / "docs", copy / "docs")
     shutil.copytree(CHECKOUT / "src", copy / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-index"]
     run(*pip, "--no-build-isolation", "--no-deps", "-w", directory, copy, env=env)
@@ -78,6 +79,12 @@ def test_wheel_has_types_and_no_sources_of_the_extension(wheel_without_compiler:
     installed = {name for name in names if name.endswith((".py", ".pyi"))}
     sources = {str(path.relative_to(CHECKOUT / "src")) for path in (CHECKOUT / "src").rglob("*.py*") if path.suffix in {".py", ".pyi"}}
     assert installed == sources
+
+
+def test_the_manual_is_installed_where_man_looks_beside_the_program(python_without_compiler: Path) -> None:
+    share = python_without_compiler.parents[1] / "share" / "man"
+    assert (share / "man1" / "pyoverlay.1").read_text() == (CHECKOUT / "docs" / "pyoverlay.1").read_text()
+    assert (share / "man8" / "mount.fuse.pyoverlay.8").read_text() == ".so man1/pyoverlay.1\n"
 
 
 def test_source_distribution_has_the_repository(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from pyoverlay.cli import COMMANDS, group
 from pyoverlay.daemon import options
 
-PAGE = (Path(__file__).parents[2] / "docs/pyoverlay.1.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "pyoverlay.1.md").read_text()
 
 
 def section(heading: str) -> str:
@@ -49,3 +51,9 @@ def test_the_page_has_every_variable_that_stands_for_an_option() -> None:
 def test_the_page_has_every_mount_option() -> None:
     words = set(re.findall(r"[a-z_]+\+?", section("## MOUNT OPTIONS")))
     assert options._FLAGS.keys() | options._VALUES.keys() | options._IGNORED_VALUES | {"lowerdir", "lowerdir+", "datadir+"} <= words
+
+
+def test_what_man_reads_is_made_of_the_page_as_it_is() -> None:
+    """By scripts/manual, which needs pandoc; so that nothing else does, what it made is in the repository."""
+    made = (DOCS / "pyoverlay.1").read_text()
+    assert f"sha256 {hashlib.sha256(PAGE.encode()).hexdigest()}" in made.splitlines()[0], "run scripts/manual"
