@@ -20,6 +20,8 @@ from pyoverlay.registry import SOCKET_SUFFIX, Record
 
 log = logging.getLogger(__name__)
 
+_PAUSE = 1  # s
+
 
 def listen(directory: int, record: Record) -> socket.socket:
     """The listening socket of a mount, mode 0600, in the open directory of the records. OSError as bind(2) raises it."""
@@ -50,8 +52,9 @@ async def answer(listener: socket.socket, status: Callable[[], dict[str, Any]]) 
         try:
             connection, _ = await accepting.accept()
         except OSError as error:  # no descriptor free: asking again at once would find none either
-            log.warning("the mount cannot be asked for its counts any more: %s", error.strerror)
-            return
+            log.warning("the mount cannot be asked for its counts now: %s", error.strerror)
+            await trio.sleep(_PAUSE)
+            continue
         with connection:
             await _tell(connection, json.dumps(status()).encode())
 

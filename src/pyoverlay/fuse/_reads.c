@@ -207,7 +207,7 @@ static PyObject *stats_for(PyObject *names, struct named *all, Py_ssize_t count)
 PyObject *reads_lstat_all(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
 	struct stat st;
-	int dirfd;
+	int dirfd = -1;
 
 	(void)self;
 	if (!takes(2, count) || !PyList_Check(arguments[1]))
