@@ -546,7 +546,7 @@ def test_a_daemon_that_cannot_even_start_is_told_in_one_line(place: Place) -> No
     (broken / "pyfuse3.py").write_text("raise ZeroDivisionError('broken on purpose')\n")
     path = os.pathsep.join([str(broken), *filter(None, sys.path)])
     line = refused(place, place.lower, place.upper, place.merged, code=None, PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
-    assert line == "the daemon failed: ZeroDivisionError: broken on purpose"
+    assert line == f"{place.merged}: the daemon failed: ZeroDivisionError: broken on purpose"
 
 
 def test_a_bug_before_the_mount_answers_is_told_in_one_line(place: Place) -> None:

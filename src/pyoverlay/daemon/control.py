@@ -53,7 +53,7 @@ async def answer(listener: socket.socket, status: Callable[[], dict[str, Any]]) 
             connection, _ = await accepting.accept()
         except OSError as error:  # no descriptor free: asking again at once would find none either
             log.warning("the mount cannot be asked for its counts now: %s", error.strerror)
-            await trio.sleep(_PAUSE)
+            await trio.sleep(_PAUSE)  # nobody tells when one is free
             continue
         with connection:
             await _tell(connection, json.dumps(status()).encode())

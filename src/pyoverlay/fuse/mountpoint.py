@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,6 +193,7 @@ class UserMountPoint(MountPoint):
 
     def __init__(self, path: bytes) -> None:
         self._program = fusermount()
+        self._one_at_a_time = threading.Lock()
         super().__init__(path)
         # Reads one word a line and answers with the exit status; ends with its standard input. A session of its own: the
         # terminal's interrupt is for the daemon, which then wants this process. It is in the directory above, whatever that is called then.
@@ -229,9 +231,12 @@ class UserMountPoint(MountPoint):
     def _unmount(self, name: bytes, dirfd: int | None, *, lazily: bool) -> None:
         assert self._unmounter.stdin is not None
         assert self._unmounter.stdout is not None
-        self._unmounter.stdin.write(b"-u -z\n" if lazily else b"-u\n")
-        self._unmounter.stdin.flush()
-        if self._unmounter.stdout.readline() != b"0\n":
+        # A thread that was left alone at the end of the session may still wait for its answer: of two that read lines one loses its own.
+        with self._one_at_a_time:
+            self._unmounter.stdin.write(b"-u -z\n" if lazily else b"-u\n")
+            self._unmounter.stdin.flush()
+            status = self._unmounter.stdout.readline()
+        if status != b"0\n":
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fsdecode(self.path))
 
 

@@ -106,6 +106,8 @@ class Session:
         try:
             self._point.unmount(lazily=True)
         except OSError as error:
+            if not self._point.is_mounted:
+                return  # a thread that was left alone has done it meanwhile
             path = printable(self._point.path)
             log.error("%s: a dead mount is left, for %s; take it away with umount -l", path, error.strerror)
 
