@@ -73,7 +73,7 @@ def _parsed() -> argparse.Namespace:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small trees, under 3 minutes (the default)")
-    size.add_argument("--full", action="store_true", help="large trees and files, about 40 minutes")
+    size.add_argument("--full", action="store_true", help="large trees and files, about 20 minutes")
     parser.add_argument("--only", metavar="NAME", action="append", default=[], help="this workload; may be repeated")
     parser.add_argument("--rounds", metavar="N", type=int, help="how often each runs on each file system (quick: 1, full: 3)")
     parser.add_argument("--fs", metavar="DIR", type=Path, default=Path(_DEFAULT_PLACE), help=f"where the layers lie ({_DEFAULT_PLACE})")
