@@ -16,9 +16,8 @@ RUNNING = (os.getpid(), os.getppid())
 def proc(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """/proc, where two processes run that may be daemons."""
     monkeypatch.setattr(holders, "_serves", lambda proc, pid, uid: pid in RUNNING)
-    fd = holders.open_proc()
-    yield fd
-    os.close(fd)
+    with holders.open_proc() as fd:
+        yield fd
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, said: dict[int, list[bytes]]) -> None:

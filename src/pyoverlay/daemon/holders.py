@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pyoverlay.errors import printable
@@ -31,9 +32,14 @@ class Holder:
         return f"{self.command} (pid {self.pid})"
 
 
-def open_proc() -> int:
+@contextmanager
+def open_proc() -> Iterator[int]:
     """A descriptor of /proc, to be taken before anything is mounted."""
-    return os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def holders(proc: int, *, mount_id: int, device: str) -> list[Holder]:

@@ -67,8 +67,7 @@ def serve(request: Request, announce: Callable[[], None]) -> None:
         held.callback(entry.close)
         operations = operations_for(view, wire, writeback=request.options.writeback)
         held.callback(operations.asking.close)
-        proc = open_proc()
-        held.callback(os.close, proc)
+        proc = held.enter_context(open_proc())
         session = Session(
             operations,
             point,

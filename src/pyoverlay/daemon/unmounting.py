@@ -101,12 +101,9 @@ def _take_away_unlisted(merged: bytes, mount: mountinfo.Mount, *, lazily: bool, 
 
 def _unlisted_daemons(mount: mountinfo.Mount) -> list[int]:
     listed = {record.pid for record in registry.records() if record.is_alive}
-    proc = open_proc()
-    try:
+    with open_proc() as proc:
         found = daemons(proc, mount.device, int(mount.option(b"user_id") or 0))
         return [pid for pid in found if pid not in listed]
-    finally:
-        os.close(proc)
 
 
 def _sync_upper(record: registry.Record, failure: str) -> None:
@@ -277,11 +274,8 @@ def _busy(merged: bytes, mount: mountinfo.Mount) -> Refusal:
     inner = next((m for m in mountinfo.mounts() if m.point.startswith(mount.point + b"/")), None)
     if inner is not None:
         return Refusal(merged, f"busy: something is mounted inside, at {printable(inner.point)}", errno.EBUSY, "unmount that first")
-    proc = open_proc()
-    try:
+    with open_proc() as proc:
         found = holders(proc, mount_id=mount.id, device=mount.device)
-    finally:
-        os.close(proc)
     return Refusal(merged, f"busy: held by {described(found)}", errno.EBUSY, "end that, or detach it with --lazy")
 
 
@@ -310,11 +304,8 @@ def _what_keeps_it(mount: mountinfo.Mount) -> str:
     copy = next((other for other in mountinfo.mounts() if other.device == mount.device), None)
     if copy is not None:
         return f"it is mounted at {printable(copy.point)} as well; umount that too"
-    proc = open_proc()
-    try:
+    with open_proc() as proc:
         found = in_other_namespaces(proc, mount.device)
-    finally:
-        os.close(proc)
     if found:
         return f"it is still mounted in another mount namespace, of {described(found)}; end that, or umount it there (nsenter -m -t PID)"
     return "a mount namespace that cannot be seen from here may hold the mount, or the upper's disk is slow"
