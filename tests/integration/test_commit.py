@@ -81,6 +81,16 @@ def changed(tmp_path: Path) -> Iterator[Overlay]:
         yield overlay
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a small layout."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
 def test_a_change_is_one_layer_on_top_of_the_image_it_was_made_in(changed: Overlay, tmp_path: Path) -> None:
     said = commit(changed.merged, tmp_path / "out", "-m", "why", "-a", "who")
     image = Read(tmp_path / "out")
@@ -256,20 +266,14 @@ def test_a_damaged_blob_leaves_no_layout(changed: Overlay, tmp_path: Path) -> No
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
-def test_a_full_disk_leaves_the_layout_as_it_was(changed: Overlay, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=True)
-    try:
-        commit(changed.merged, f"{disk}/app:1")
-        before = tree(disk)
-        (changed.merged / "random").write_bytes(os.urandom(1 << 20))
-        refused = commit(changed.merged, f"{disk}/app:2", check=False)
-        assert refused.returncode == 1
-        assert refused.stderr == f"pyoverlay: {disk}/app: refused by the system (No space left on device)\n"
-        assert tree(disk) == before
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_leaves_the_layout_as_it_was(changed: Overlay, disk: Path) -> None:
+    commit(changed.merged, f"{disk}/app:1")
+    before = tree(disk)
+    (changed.merged / "random").write_bytes(os.urandom(1 << 20))
+    refused = commit(changed.merged, f"{disk}/app:2", check=False)
+    assert refused.returncode == 1
+    assert refused.stderr == f"pyoverlay: {disk}/app: refused by the system (No space left on device)\n"
+    assert tree(disk) == before
 
 
 @pytest.mark.parametrize("fails_at", ["manifest.json", "index.json"])
@@ -294,22 +298,16 @@ def test_a_failure_while_it_is_published_leaves_the_layout_as_it_was(
     assert tree(tmp_path / "app") == before
 
 
-def test_a_small_layer_that_the_disk_does_not_take_is_the_layouts_affair(changed: Overlay, tmp_path: Path) -> None:
+def test_a_small_layer_that_the_disk_does_not_take_is_the_layouts_affair(changed: Overlay, disk: Path) -> None:
     """It is all in a buffer until the file is closed."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=True)
-    try:
-        commit(changed.merged, f"{disk}/app:1")
-        (changed.merged / "more").write_text("more")
-        (disk / "filler").touch()
-        free = os.statvfs(disk)
-        os.truncate(disk / "filler", free.f_bavail * free.f_bsize)
-        subprocess.run(["fallocate", "-l", str(free.f_bavail * free.f_bsize), disk / "filler"], check=True)
-        refused = commit(changed.merged, f"{disk}/app:2", check=False)
-        assert (refused.returncode, refused.stderr) == (1, f"pyoverlay: {disk}/app: refused by the system (No space left on device)\n")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    commit(changed.merged, f"{disk}/app:1")
+    (changed.merged / "more").write_text("more")
+    (disk / "filler").touch()
+    free = os.statvfs(disk)
+    os.truncate(disk / "filler", free.f_bavail * free.f_bsize)
+    subprocess.run(["fallocate", "-l", str(free.f_bavail * free.f_bsize), disk / "filler"], check=True)
+    refused = commit(changed.merged, f"{disk}/app:2", check=False)
+    assert (refused.returncode, refused.stderr) == (1, f"pyoverlay: {disk}/app: refused by the system (No space left on device)\n")
 
 
 def test_only_a_layout_is_written_to(changed: Overlay, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pyoverlay import registry
 from pyoverlay.daemon.privileges import TO_LOOK, TO_READ, TO_WRITE, Capability
 from pyoverlay.testing import Directory, File, Overlay, OverlayFactory, Tree
 from tests.integration.test_process_life import daemon_of, end_of, watched
-from tests.integration.unprivileged import AS_NAMESPACE_ROOT, USER, as_user
+from tests.integration.unprivileged import AS_NAMESPACE_ROOT, FIND_PID, USER, as_user
 from tests.posix.check import NOBODY, SOMEBODY
 from tests.posix.check import as_user as call_as_user
 
@@ -113,7 +113,7 @@ def test_the_daemon_of_a_user_can_be_looked_at_by_that_user(home: Path) -> None:
     result = as_user(
         home,
         "$po mount lower upper merged; echo x > merged/f; mkdir merged/d; chmod 600 merged/f; ln -s f merged/l;"
-        " pid=$(sed 's/.*\"pid\": \\([0-9]*\\).*/\\1/' run/pyoverlay/*.json);"
+        f" {FIND_PID}"
         " stat -c %u /proc/$pid/fd; ls /proc/$pid/fd | wc -l; $po umount merged",
     )
     assert (result.returncode, result.stderr) == (0, "")

@@ -24,7 +24,7 @@ from pyoverlay import registry
 from pyoverlay.registry import Record
 from pyoverlay.testing import Overlay, OverlayFactory
 from pyoverlay.testing.mounts import MARK, command
-from tests.integration.unprivileged import USER, as_user
+from tests.integration.unprivileged import FIND_PID, USER, as_user
 
 MIB = 1 << 20
 
@@ -577,7 +577,7 @@ def test_a_users_daemon_unmounts_on_sigterm(home: Path) -> None:
     """fusermount3 does it, started before the mount: a daemon that gave up set-user-id programs could not."""
     result = as_user(
         home,
-        '$po mount lower upper merged; echo data > merged/file; pid=$(sed "s/.*\\"pid\\": \\([0-9]*\\).*/\\1/" run/pyoverlay/*.json);'
+        f"$po mount lower upper merged; echo data > merged/file; {FIND_PID}"
         " kill $pid; while kill -0 $pid 2>/dev/null; do :; done; cat upper/file; grep -c $PWD/merged /proc/mounts || true",
     )
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "data\n0\n")

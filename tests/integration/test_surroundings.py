@@ -18,7 +18,7 @@ from pyoverlay.testing import Overlay, OverlayFactory, mounts_below
 from pyoverlay.testing.mounts import MARK, MountRefusedError, command, wait_for_end
 from tests.integration.test_process_life import daemon_of, end_of, logged, umount, using, watched
 from tests.integration.test_stuck_daemon import namespace
-from tests.integration.unprivileged import as_user
+from tests.integration.unprivileged import FIND_PID, as_user
 
 
 def umounted(made: Overlay, *arguments: str | Path, runtime: Path | None = None) -> tuple[int, str]:
@@ -165,7 +165,7 @@ def test_a_users_mount_ends_in_a_directory_that_was_renamed(home: Path) -> None:
     result = as_user(
         home,
         "mkdir above; mkdir above/merged; $po mount lower upper above/merged; echo data > above/merged/file;"
-        ' pid=$(sed "s/.*\\"pid\\": \\([0-9]*\\).*/\\1/" run/pyoverlay/*.json); mv above other;'
+        f" {FIND_PID} mv above other;"
         " kill $pid; while kill -0 $pid 2>/dev/null; do :; done; cat upper/file; grep -c $PWD /proc/mounts || true",
     )
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "data\n0\n")

@@ -21,6 +21,9 @@ USER = 65534
 # For a script: the rest of the line as root of a user namespace of its own, where the user is all there is.
 AS_NAMESPACE_ROOT = "unshare -Urm sh -ec"
 
+# For a script: the daemon of its one mount, from the list of mounts that is the user's.
+FIND_PID = r"""pid=$(sed 's/.*"pid": \([0-9]*\).*/\1/' run/pyoverlay/*.json);"""
+
 
 def make_home(path: Path) -> None:
     """The user's directory, with the directories of a mount in it."""
